@@ -1,0 +1,44 @@
+"""Activations: int8, symmetric, one scale per token. The rounding rule kernels share bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qserve.formats.layout import ACTIVATION_MAX
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """`x ~ codes * scale[:, None]`.
+
+    codes: int8 [M, K], within +-127. scale: float32 [M].
+    row_sum: int32 [M], the sum of each row's codes, which turns zero points into one epilogue term.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    row_sum: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[M, K] in `dtype`."""
+        return (self.codes.to(torch.float32) * self.scale[:, None]).to(dtype)
+
+
+def quantize_activation(x: Tensor) -> QuantizedActivation:
+    """Quantize x [M, K] (any float dtype) per token.
+
+    In float32: scale = amax / 127, inverse = 127 / amax (0 for a row of zeros),
+    code = round_half_to_even(x * inverse). Not finite inputs have no meaning here.
+    """
+    values = x.to(torch.float32)
+    amax = values.abs().amax(dim=-1)
+    inverse = torch.where(amax > 0, ACTIVATION_MAX / amax, torch.zeros_like(amax))
+    codes = torch.round(values * inverse[:, None]).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
+    return QuantizedActivation(
+        codes=codes.to(torch.int8),
+        scale=amax / ACTIVATION_MAX,
+        row_sum=codes.sum(dim=-1, dtype=torch.float64).to(torch.int32),
+    )
