@@ -1,0 +1,328 @@
+"""Compile, cache and launch the CUDA kernels of `csrc/`.
+
+A kernel variant is declared once, at module level or in a cached factory, and called with a grid:
+
+    scale_rows = Kernel("scale.cu", "scale_rows", parameters="PPi", threads=128,
+                        constants={"COLUMNS": 4096})
+    scale_rows(device, grid=(rows,), arguments=(x, y, rows))
+
+`parameters` is a `struct` format, one code per C parameter in order: P pointer (a tensor or None),
+i int, q long long, f float, 128s a `TensorMap` (see `tensor_map`). `constants` become `constexpr
+int` lines before the source, after the numbers of `formats.layout`; `#include "x.cuh"` is resolved
+inside `csrc/`. NVRTC compiles at the first launch (or in `warm_up`), and the cubin is kept on disk
+under a hash of everything that went into it. Launches go to torch's current stream and may be
+captured in CUDA graphs. Nothing of CUDA is imported here before a kernel is compiled or launched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qserve.formats.layout import cuda_prelude
+
+CSRC = Path(__file__).parent / "csrc"
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+_FLAGS = ("c++17", "-v")
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be compiled, loaded or launched; the message says why."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled variant: the cubin's bytes and what the assembler said of its resources."""
+
+    cubin: bytes
+    log: str
+
+
+@dataclass(eq=False)
+class Kernel:
+    """One variant of one kernel: its source, compile-time constants and launch shape.
+
+    shared_bytes: dynamic shared memory of a block. cluster: blocks in a cluster along x.
+    overlap: launch with programmatic stream serialization, so that the kernel may start before its
+    predecessor ends; it must then execute `griddepcontrol.wait` before touching what that wrote.
+    generated: further CUDA source, placed before the file's.
+    """
+
+    source: str
+    entry: str
+    parameters: str
+    threads: int
+    shared_bytes: int = 0
+    cluster: int = 1
+    overlap: bool = False
+    constants: Mapping[str, int] = field(default_factory=dict)
+    generated: str = ""
+    _loaded: dict[int, _Loaded] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def text(self) -> str:
+        """The whole translation unit."""
+        constants = "".join(f"constexpr int {k} = {int(v)};\n" for k, v in self.constants.items())
+        return cuda_prelude() + constants + self.generated + _inline(self.source, set())
+
+    def __str__(self) -> str:
+        constants = " ".join(f"{name}={int(value)}" for name, value in self.constants.items())
+        return f"{self.entry} {constants}".strip()
+
+    def __call__(
+        self, device: torch.device, grid: tuple[int, ...], arguments: Sequence[Any]
+    ) -> None:
+        """Launch `grid` blocks (x, y, z) on the current stream of `device`."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        loaded = self._loaded.get(index) or self.load(index)
+        loaded.launch(torch._C._cuda_getCurrentRawStream(index), grid, arguments)
+
+    def load(self, device_index: int) -> _Loaded:
+        """Compile if need be and load onto a device; later launches there are cheap."""
+        loaded = _Loaded(self, device_index)
+        self._loaded[device_index] = loaded
+        return loaded
+
+
+class _Loaded:
+    """A variant on one device."""
+
+    def __init__(self, kernel: Kernel, device_index: int) -> None:
+        driver, core = _driver(), _core()
+        self._kernel = kernel
+        self._layout = struct.Struct("@" + kernel.parameters)
+        cubin = build(kernel, device_arch(device_index)).cubin
+        self._code = core.ObjectCode.from_cubin(cubin)
+        handle = self._code.get_kernel(kernel.entry).handle
+        self._function = driver.CUfunction(int(handle))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(
+            driver.cuKernelSetAttribute(attribute, kernel.shared_bytes, handle, device_index),
+            kernel,
+        )
+        self._config = lru_cache(maxsize=1024)(self._make_config)
+
+    def launch(self, stream: int, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        packed = self._layout.pack(*map(_value, arguments))
+        size = ctypes.c_size_t(len(packed))
+        address = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value
+        # The driver's list of launch options: 1 = parameter buffer, 2 = its size, 0 = end.
+        extra = (ctypes.c_void_p * 5)(1, address, 2, ctypes.addressof(size), 0)
+        config = self._config(stream, grid)
+        status = _driver().cuLaunchKernelEx(config, self._function, 0, ctypes.addressof(extra))
+        _check(status, self._kernel)
+
+    def _make_config(self, stream: int, grid: tuple[int, ...]) -> Any:
+        driver, kernel = _driver(), self._kernel
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes = kernel.shared_bytes
+        config.hStream = stream
+        config.attrs = _attributes(kernel)
+        config.numAttrs = len(config.attrs)
+        return config
+
+
+def _attributes(kernel: Kernel) -> list[Any]:
+    driver = _driver()
+    names = driver.CUlaunchAttributeID
+    attributes = []
+    if kernel.cluster > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = cluster.value.clusterDim
+        size.x, size.y, size.z = kernel.cluster, 1, 1
+        attributes.append(cluster)
+    if kernel.overlap:
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(overlap)
+    return attributes
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else argument
+
+
+def tensor_map(matrix: Tensor, box: tuple[int, int]) -> bytes:
+    """The copy engine's description of a row-major matrix, for a `128s` parameter (sm_90).
+
+    box: rows and columns of one copy, columns spanning 128 bytes, the width of the swizzle.
+    Reads beyond the matrix give zeros, writes beyond it are dropped.
+    """
+    rows, columns = matrix.shape
+    pitch = matrix.stride(0) * matrix.element_size()
+    return _encode_tensor_map(matrix.data_ptr(), matrix.element_size(), rows, columns, pitch, box)
+
+
+@lru_cache(maxsize=4096)
+def _encode_tensor_map(
+    address: int, element_size: int, rows: int, columns: int, pitch: int, box: tuple[int, int]
+) -> bytes:
+    driver = _driver()
+    types = driver.CUtensorMapDataType
+    element = {
+        1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+    }[element_size]
+    long, short = driver.cuuint64_t, driver.cuuint32_t
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        element,
+        2,
+        address,
+        [long(columns), long(rows)],
+        [long(pitch)],
+        [short(box[1]), short(box[0])],
+        [short(1), short(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise KernelError(f"tensor map of {rows} x {columns}, box {box}: {status.name}")
+    return struct.pack("16Q", *(int(word) for word in encoded.opaque))
+
+
+def warm_up(kernels: Iterable[Kernel], device: torch.device) -> None:
+    """Compile (in parallel) and load variants before the first request needs them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    build_all(kernels := list(kernels), device_arch(index))
+    for kernel in kernels:
+        if index not in kernel._loaded:
+            kernel.load(index)
+
+
+def build_all(kernels: Iterable[Kernel], arch: str) -> list[Build]:
+    """Compile variants in parallel; the compiler runs outside Python's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda kernel: build(kernel, arch), kernels))
+
+
+def build(kernel: Kernel, arch: str) -> Build:
+    """The compiled variant for an architecture such as "sm_90a", from the cache or NVRTC.
+
+    Needs no GPU. Raises KernelError with the compiler's message.
+    """
+    key = hashlib.sha256(repr((kernel.text, arch, _FLAGS, _compiler_version())).encode())
+    stem = cache_directory() / key.hexdigest()
+    cubin, log = stem.with_suffix(".cubin"), stem.with_suffix(".log")
+    if cubin.exists() and log.exists():
+        return Build(cubin.read_bytes(), log.read_text())
+    built = _compile(kernel, arch)
+    _write_atomically(log, built.log.encode())
+    _write_atomically(cubin, built.cubin)
+    return built
+
+
+def cache_directory() -> Path:
+    """Where cubins are kept: `qserve/kernels` under the user's cache directory."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "qserve" / "kernels"
+
+
+@cache
+def device_arch(device_index: int) -> str:
+    """The architecture to compile for; raises KernelError for one older than sm_80."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if major < 8:
+        raise KernelError(
+            f"device {device_index} has compute capability {major}.{minor}; 8.0 is the oldest served"
+        )
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def _compile(kernel: Kernel, arch: str) -> Build:
+    core = _core()
+    standard, verbose = _FLAGS
+    options = core.ProgramOptions(
+        name=kernel.source,
+        arch=arch,
+        std=standard,
+        ptxas_options=[verbose],
+        include_path=_header_directory(),
+    )
+    log = io.StringIO()
+    try:
+        code = core.Program(kernel.text, "c++", options).compile("cubin", logs=log)
+    except Exception as error:
+        raise KernelError(f"{kernel} for {arch}: {error}") from error
+    return Build(bytes(code.code), log.getvalue().rstrip("\0"))
+
+
+def _inline(name: str, seen: set[str]) -> str:
+    """The text of a file of csrc/ with its quoted includes in place, each once."""
+    seen.add(name)
+
+    def replace(match: re.Match[str]) -> str:
+        return "" if match[1] in seen else _inline(match[1], seen)
+
+    return f'#line 1 "{name}"\n' + _INCLUDE.sub(replace, (CSRC / name).read_text())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+@cache
+def _core() -> Any:
+    try:
+        import cuda.core
+    except ImportError as error:
+        raise KernelError(f"CUDA kernels need `pip install qserve[gpu]`: {error}") from error
+    return cuda.core
+
+
+@cache
+def _driver() -> Any:
+    _core()
+    from cuda.bindings import driver
+
+    return driver
+
+
+@cache
+def _compiler_version() -> tuple[int, int]:
+    _core()
+    from cuda.bindings import nvrtc
+
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:
+        raise KernelError(f"NVRTC is missing; `pip install qserve[gpu]`: {error}") from error
+    return major, minor
+
+
+@cache
+def _header_directory() -> list[str]:
+    """Where `<cuda_fp16.h>` and its like lie."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    directory = find_nvidia_header_directory("cudart")
+    return [] if directory is None else [directory]
+
+
+def _check(status: tuple[Any, ...], kernel: Kernel) -> None:
+    if int(status[0]) != 0:
+        raise KernelError(f"{kernel}: {status[0].name}")
