@@ -163,7 +163,7 @@ def unpack_codes(blocks: Tensor, kv_format: KVFormat, dtype: torch.dtype) -> tup
     keys, values = blocks[..., : 2 * kv_format.code_bytes].unflatten(-1, (2, -1)).unbind(-2)
     if kv_format.bits == 16:
         shape = (PAGE_TOKENS, kv_format.head_dim)
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             half.contiguous().view(kv_format.dtype).to(dtype).unflatten(-1, shape)
             for half in (keys, values)
         )

@@ -292,6 +292,10 @@ class W8Weight:
         """Checkpoint suffix -> tensor."""
         return {"weight": self.weight, "dequant_scale": self.dequant_scale}
 
+    def integers(self) -> Tensor:
+        """What the integer GEMM multiplies, int8 [N, K]."""
+        return self.weight
+
     def dequantize(self) -> Tensor:
         """float32 [N, K]."""
         return self.weight.float() * self.dequant_scale.float()[:, None]
