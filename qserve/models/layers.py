@@ -1,0 +1,115 @@
+"""What a decoder is made of. `Linear` is the one policy about precision.
+
+A `FloatLinear` multiplies tensors, a `QuantizedLinear` int8 activations; each asks whatever comes
+before it (a norm, the gated activation, or nothing) for the input it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qserve.formats.activation import QuantizedActivation
+from qserve.kernels.fused import (
+    quantize_per_token,
+    rms_norm,
+    rms_norm_quantize,
+    silu_mul,
+    silu_mul_quantize,
+)
+from qserve.kernels.gemm import PreparedWeight, quantized_linear
+
+_ROW_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """Root-mean-square norm: weight [H] and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual), [M, H] both."""
+        return rms_norm(x, self.weight, self.eps, residual)
+
+    def quantized(
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> tuple[QuantizedActivation, Tensor]:
+        """As a call, the norm quantized per token."""
+        return rms_norm_quantize(x, self.weight, self.eps, residual)
+
+
+class Linear(Protocol):
+    """y = input @ weight.T + bias, by where the input comes from; y [M, N]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The input is x [M, K]."""
+
+    def after_norm(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The input is the norm of x + residual, which is returned beside y."""
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        """The input is silu(gate) * up of gate_up [M, 2K]."""
+
+
+@dataclass(frozen=True)
+class FloatLinear:
+    """weight [N, K] and bias [N] in the dtype of the input."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return float_linear(x, self.weight, self.bias)
+
+    def after_norm(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        normed, residual = norm(x, residual)
+        return self(normed), residual
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self(silu_mul(gate_up))
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A 4- or 8-bit weight [N, K], with bias [N] in `dtype`, the dtype of the output."""
+
+    weight: PreparedWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(quantize_per_token(x))
+
+    def after_norm(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        normed, residual = norm.quantized(x, residual)
+        return self._multiply(normed), residual
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._multiply(silu_mul_quantize(gate_up))
+
+    def _multiply(self, x: QuantizedActivation) -> Tensor:
+        return quantized_linear(x, self.weight, self.bias, self.dtype)
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] @ weight [N, K].T + bias, in the dtype of x.
+
+    On the CPU, in blocks of one size: libraries choose their algorithm, and so the last bits of a
+    result, by the number of rows, and a row must not depend on the rows beside it.
+    """
+    if x.device.type != "cpu":
+        return functional.linear(x, weight, bias)
+    blocks = functional.pad(x, (0, 0, 0, -len(x) % _ROW_BLOCK)).split(_ROW_BLOCK)
+    return torch.cat([functional.linear(block, weight, bias) for block in blocks])[: len(x)]
