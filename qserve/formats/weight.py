@@ -94,11 +94,16 @@ class GroupGrid:
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest codes u8 [N, K] of weight [N, K]."""
         level1 = weight.float() / self.scale.float()[:, None]
-        level1 = level1.clamp_(-PROTECTIVE_RANGE, PROTECTIVE_RANGE)
         steps = torch.round(
             level1 / self._per_column(self.group_scale) + self._per_column(self.group_zero)
         )
-        return steps.clamp_(0, CODE_MAX).to(torch.uint8)
+        return steps.clamp_(min=0).minimum(self._per_column(self.max_code)).to(torch.uint8)
+
+    @property
+    def max_code(self) -> Tensor:
+        """u8 [N, K/g]: the largest code whose level-1 value (q - z) * s2 is an int8."""
+        scale, zero = self.group_scale.to(torch.int32), self.group_zero.to(torch.int32)
+        return ((127 + zero * scale) // scale).clamp(max=CODE_MAX).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """float32 [N, K] of codes u8 [N, K]."""
