@@ -16,8 +16,7 @@ _HOMES = {"LLM": "qserve.engine.llm", "SamplingParams": "qserve.engine.request"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public classes on first use, so that `import qserve` itself stays free of
-    torch."""
+    """Import the public classes on first use: `import qserve` itself stays free of torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'qserve' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

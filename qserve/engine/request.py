@@ -24,23 +24,21 @@ class SamplingParams:
     """How to choose the tokens of one request.
 
     The model's logits pass, in this order, through repetition, presence and frequency penalties,
-    `logit_bias`,
-    `min_tokens` (which bars the tokens that would end the text), `temperature`, `top_k`, `top_p`
-    and `min_p`.
+    `logit_bias`, `min_tokens` (which bars the tokens that would end the text), `temperature`,
+    `top_k`, `top_p` (of what top_k left) and `min_p`.
 
     max_tokens: tokens to generate at most; None: as many as the model and the cache hold.
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off (relative to the
-        likeliest token).
-    repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
+    min_p: least probability, relative to the likeliest token's; 0 is off.
+    repetition_penalty: divides positive and multiplies negative logits of tokens of prompt or
         output.
-    presence_penalty, frequency_penalty: subtracted once, or once per occurrence, for tokens of the
+    presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens of the
         output.
-    seed: makes the tokens reproducible whatever else runs; sequence i of `n` draws from its own
-        stream.
+    seed: makes the tokens reproducible whatever else runs; each of `n` draws from its own stream.
+    n: sequences to generate from the one prompt; full pages of the prompt are shared.
     stop: strings that end the text and are not part of it. stop_token_ids: likewise for tokens.
     logprobs, prompt_logprobs: None is off; k gives each token's log probability and the k likeliest
-        tokens,
-        under the model's own distribution (before penalties, bias, temperature and filters).
+        tokens, under the model's own distribution (before penalties, bias and filters).
     min_tokens: stops of any kind are not looked for before this many tokens.
     ignore_eos: go on past the model's end-of-text tokens.
     """
