@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy
 import torch
 from torch import Tensor
 
@@ -60,8 +61,13 @@ class GGUFSource:
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise ModelError(f"{path}: not a whole GGUF file: {error}") from error
-        self._metadata = {name: field.contents() for name, field in reader.fields.items()}
+        self._metadata = reader.fields
         self._stored = {tensor.name: tensor for tensor in reader.tensors}
+        self.architecture: str = self._required("general.architecture")
+        if self.architecture not in _ARCHITECTURES:
+            raise ModelError(f"{path}: architecture {self.architecture!r} is not supported")
+        if "token_embd.weight" not in self._stored:
+            raise ModelError(f"{path}: tensor token_embd.weight is missing")
         self.hf_config = self._read_config()
 
     @cached_property
@@ -80,7 +86,7 @@ class GGUFSource:
             raise ModelError(f"{self.path}: there is no tensor {name}")
         tensor = self._dequantize(self._stored_names[name])
         permuted = "self_attn.q_proj" in name or "self_attn.k_proj" in name
-        if permuted and self._metadata["general.architecture"] == "llama":
+        if permuted and self.architecture == "llama":
             return _halves_from_pairs(tensor, self.config.head_dim)
         return tensor
 
@@ -98,43 +104,41 @@ class GGUFSource:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise ModelError(f"{self.path}: {stored}: {error}") from error
-        return torch.from_numpy(values.copy())
+        return torch.from_numpy(numpy.require(values, requirements="W"))
 
     def _read_config(self) -> dict[str, Any]:
-        architecture = self._required("general.architecture")
-        if architecture not in _ARCHITECTURES:
-            raise ModelError(f"{self.path}: architecture {architecture!r} is not supported")
-        hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
-        config = {
-            "architectures": [_ARCHITECTURES[architecture]],
-            "model_type": architecture,
+        hidden, heads = self._setting("embedding_length"), self._setting("attention.head_count")
+        head_dim = self._setting("attention.key_length", hidden // heads)
+        return {
+            "architectures": [_ARCHITECTURES[self.architecture]],
+            "model_type": self.architecture,
             "hidden_size": hidden,
-            "num_hidden_layers": self._size("block_count"),
+            "num_hidden_layers": self._setting("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._size("attention.head_count_kv", heads),
-            "head_dim": self._size("attention.key_length", hidden // heads),
-            "intermediate_size": self._size("feed_forward_length"),
-            "max_position_embeddings": self._size("context_length"),
-            "vocab_size": len(self._required("tokenizer.ggml.tokens")),
-            "rms_norm_eps": self._size("attention.layer_norm_rms_epsilon"),
+            "num_key_value_heads": self._setting("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": self._setting("feed_forward_length"),
+            "max_position_embeddings": self._setting("context_length"),
+            "vocab_size": int(self._stored["token_embd.weight"].shape[1]),
+            "rms_norm_eps": self._setting("attention.layer_norm_rms_epsilon"),
             "hidden_act": "silu",
             "tie_word_embeddings": "output.weight" not in self._stored,
             "attention_bias": "blk.0.attn_output.bias" in self._stored,
-            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
+            "bos_token_id": self._optional("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._optional("tokenizer.ggml.eos_token_id"),
             "dtype": "float16",
+            **self._rope(head_dim),
         }
-        return {**config, **self._rope(config["head_dim"])}
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
-        theta = self._size("rope.freq_base", 10000.0)
-        scaling = self._size("rope.scaling.type", "none")
+        theta = self._setting("rope.freq_base", 10000.0)
+        kind = self._setting("rope.scaling.type", "none")
         if _ROPE_FACTORS in self._stored:
             return {"rope_theta": theta, "rope_scaling": self._llama3_scaling(theta, head_dim)}
-        if scaling == "none":
+        if kind == "none":
             return {"rope_theta": theta}
-        factor = self._size("rope.scaling.factor")
-        return {"rope_theta": theta, "rope_scaling": {"rope_type": scaling, "factor": factor}}
+        factor = self._setting("rope.scaling.factor")
+        return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, "factor": factor}}
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The file holds divisors of the frequencies; Llama 3's own constants must give them."""
@@ -146,17 +150,19 @@ class GGUFSource:
             raise ModelError(f"{self.path}: {_ROPE_FACTORS} is not the scaling of Llama 3")
         return scaling
 
+    def _setting(self, key: str, default: Any = None) -> Any:
+        """Metadata of the architecture; required where there is no default."""
+        full_key = f"{self.architecture}.{key}"
+        return self._required(full_key) if default is None else self._optional(full_key, default)
+
+    def _optional(self, key: str, default: Any = None) -> Any:
+        field = self._metadata.get(key)
+        return default if field is None else field.contents()
+
     def _required(self, key: str) -> Any:
         if key not in self._metadata:
             raise ModelError(f"{self.path}: metadata lacks {key}")
-        return self._metadata[key]
-
-    def _size(self, key: str, default: Any = None) -> Any:
-        """Metadata of the architecture; required where there is no default."""
-        full_key = f"{self._metadata['general.architecture']}.{key}"
-        if default is None:
-            return self._required(full_key)
-        return self._metadata.get(full_key, default)
+        return self._optional(key)
 
 
 def _hf_name(stored: str) -> str:
@@ -170,5 +176,5 @@ def _hf_name(stored: str) -> str:
 
 def _halves_from_pairs(tensor: Tensor, head_dim: int) -> Tensor:
     """Undo the row order of llama GGUF files, in which RoPE rotates neighbours, not halves."""
-    heads = tensor.unflatten(0, (-1, head_dim // 2, 2))
-    return heads.transpose(1, 2).reshape(tensor.shape)
+    pairs: Tensor = tensor.unflatten(0, (-1, head_dim // 2, 2))
+    return pairs.transpose(1, 2).reshape_as(tensor)
