@@ -38,6 +38,7 @@ from qserve.formats.layout import cuda_prelude
 CSRC = Path(__file__).parent / "csrc"
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _FLAGS = ("c++17", "-v")
+_UNUSED_CONSTANT = 177
 
 
 class KernelError(RuntimeError):
@@ -259,6 +260,7 @@ def _compile(kernel: Kernel, arch: str) -> Build:
         std=standard,
         ptxas_options=[verbose],
         include_path=_header_directory(),
+        diag_suppress=[_UNUSED_CONSTANT],
     )
     log = io.StringIO()
     try:
@@ -271,11 +273,13 @@ def _compile(kernel: Kernel, arch: str) -> Build:
 def _inline(name: str, seen: set[str]) -> str:
     """The text of a file of csrc/ with its quoted includes in place, each once."""
     seen.add(name)
+    text = (CSRC / name).read_text()
 
     def replace(match: re.Match[str]) -> str:
-        return "" if match[1] in seen else _inline(match[1], seen)
+        included = "" if match[1] in seen else _inline(match[1], seen)
+        return f'{included}\n#line {text.count(chr(10), 0, match.end()) + 1} "{name}"'
 
-    return f'#line 1 "{name}"\n' + _INCLUDE.sub(replace, (CSRC / name).read_text())
+    return f'#line 1 "{name}"\n' + _INCLUDE.sub(replace, text)
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -1,0 +1,295 @@
+"""Quantized linears on a GPU: weights repacked at load, a tile chosen per batch, one launch.
+
+Hopper runs two wgmma kernels, for few and for many tokens; every GPU from sm_80 on runs the
+mma.sync kernel. All read the same packed weights and give the same bits as the CPU reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qserve.formats import layout
+from qserve.formats.activation import QuantizedActivation
+from qserve.formats.weight import QuantizedWeight, W4Weight
+from qserve.kernels import jit
+from qserve.kernels.jit import Kernel
+from qserve.kernels.op import OpError
+from qserve.kernels.tiles import HOPPER_TILES, Device, Problem, Tile, choose
+from qserve.kernels.wgmma import wgmma_source
+
+BLOCK = 128
+"""Rows and columns of a packed block; smaller remainders are padded with zeros."""
+
+SLAB_ROWS = 64
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory one block may have on Hopper."""
+
+SHARED_HALF = 112 * 1024
+"""... when two blocks are to fit on a multiprocessor."""
+
+REGISTERS = 65536
+MAX_COLUMNS = 65536
+"""Up to here no sum of 8-bit products leaves int32."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How packed codes become what the tensor cores multiply.
+
+    group_size: 64 | 128, or -1 for per-channel codes, whose zero points the epilogue takes off, in
+    float64 where they are fractional.
+    """
+
+    group_size: int
+    fractional_zeros: bool = False
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether codes are multiplied as they are."""
+        return self.group_size == -1
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of 64 rows x 128 columns with their level-2 scales."""
+        groups = 0 if self.per_channel else BLOCK // self.group_size
+        return SLAB_ROWS * BLOCK // 2 + groups * SLAB_ROWS * 2
+
+    def constants(self, offset: int) -> dict[str, int]:
+        """For the kernels; offset: what is added to every dequantized weight, 0 or 128."""
+        return {
+            "PER_CHANNEL": self.per_channel,
+            "GROUP_SIZE": BLOCK if self.per_channel else self.group_size,
+            "WEIGHT_OFFSET": 0 if self.per_channel else offset,
+            "FRACTIONAL_ZEROS": self.fractional_zeros,
+        }
+
+
+@dataclass(frozen=True)
+class CudaWeight:
+    """A 4-bit weight on a GPU.
+
+    packed: uint8, blocks of 128 x 128 (see csrc/weight_sm90.cuh). scale, zero: float32 [N padded].
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    policy: Policy
+    shape: tuple[int, int]
+    device: Device
+
+    @classmethod
+    def prepare(cls, weight: QuantizedWeight, device: torch.device) -> CudaWeight:
+        """Repack the checkpoint's tensors on `device`."""
+        if not isinstance(weight, W4Weight):
+            raise OpError("prepare_weight: 8-bit weights have no CUDA kernel yet")
+        if weight.shape[1] > MAX_COLUMNS:
+            raise OpError(f"prepare_weight: K = {weight.shape[1]} exceeds {MAX_COLUMNS}")
+        weight = W4Weight(**{name: t.to(device) for name, t in weight.tensors().items()})
+        zero = weight.zeros() if weight.group_size == -1 else None
+        fractional = zero is not None and bool((zero != zero.round()).any())
+        prepared = cls(
+            pack_blocks(weight),
+            _pad_rows(weight.s1_scales.float()),
+            None if zero is None else _pad_rows(zero),
+            Policy(weight.group_size, fractional),
+            weight.shape,
+            _device(weight.qweight.device),
+        )
+        # Kernels start streaming weights before their predecessors end, so this must have ended.
+        torch.cuda.current_stream(device).synchronize()
+        return prepared
+
+    def apply(self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """[M, N] in `out_dtype`, float16 or bfloat16."""
+        rows, columns = self.shape
+        problem = Problem(x.codes.shape[0], rows, columns, not self.policy.per_channel)
+        return self.apply_tile(x, bias, out_dtype, choose(problem, self.device, HOPPER_TILES))
+
+    def apply_tile(
+        self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype, tile: Tile
+    ) -> Tensor:
+        """`apply` with a given tile."""
+        if out_dtype not in (torch.float16, torch.bfloat16):
+            raise OpError(f"quantized_linear: on a GPU out_dtype is 16 bits wide, not {out_dtype}")
+        if bias is not None and bias.dtype != out_dtype:
+            bias = bias.float()
+        _require_contiguous(codes=x.codes, scale=x.scale, row_sum=x.row_sum, bias=bias)
+        out = torch.empty(x.codes.shape[0], self.shape[0], dtype=out_dtype, device=x.codes.device)
+        if len(out):
+            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16)
+            _LAUNCHERS[tile.kind](kernel, tile, self, x, bias, out)
+        return out
+
+    def operands(self, x: QuantizedActivation, bias: Tensor | None) -> tuple[object, ...]:
+        """The fields of `Operands` in csrc/epilogue.cuh."""
+        bias_is_float = bias is not None and bias.dtype == torch.float32
+        pointers = (self.packed, self.scale, self.zero, bias, x.scale, x.row_sum)
+        sizes = (x.codes.shape[0], self.shape[0], -(-self.shape[1] // BLOCK))
+        return (*pointers, *sizes, int(bias_is_float))
+
+
+OPERANDS = "6P4i"
+
+
+def pack_blocks(weight: W4Weight) -> Tensor:
+    """Codes (and level-2 scales) in the order the kernels stream them, uint8 [N/128, K/128, ...].
+
+    Row n = 128 nb + 64 slab + 16 w + 8 r + g and column k = 128 kb + 64 h + 32 p + 16 j + 4 t + b go
+    to block (nb, kb), slab, half h, thread 32 w + 4 g + t, word 2 j + r, byte b; nibble p.
+    """
+    codes = _pad_blocks(weight.codes())
+    rows, columns = (size // BLOCK for size in codes.shape)
+    nibbles = codes.view(rows, 2, 4, 2, 8, columns, 2, 2, 2, 4, 4)
+    low, high = nibbles.permute(7, 0, 5, 1, 6, 2, 4, 9, 8, 3, 10)
+    packed = (low | high << 4).reshape(rows, columns, 2, -1)
+    if weight.s2_scales is None or weight.s2_zeros is None:
+        return packed.contiguous()
+    scales = torch.cat([packed, _pack_scales(weight, rows, columns)], dim=-1)
+    return scales.contiguous()
+
+
+def _pack_scales(weight: W4Weight, rows: int, columns: int) -> Tensor:
+    """u8 [rows, columns, slab, ...]: scale and 128 + zero of rows g and g + 8, per group."""
+    assert weight.s2_scales is not None and weight.s2_zeros is not None
+    groups = BLOCK // weight.group_size
+    scale = layout.unpack_group_scales(weight.s2_scales).view(torch.uint8)
+    offset = layout.unpack_group_scales(weight.s2_zeros).view(torch.uint8) + 128
+    pairs = torch.stack([scale, offset], dim=-1)
+    pairs = pad(pairs, (0, 0, 0, columns * groups - pairs.shape[1], 0, rows * BLOCK - len(pairs)))
+    pairs = pairs.view(rows, 2, 4, 2, 8, columns, groups, 2)
+    return pairs.permute(0, 5, 1, 6, 2, 4, 3, 7).reshape(rows, columns, 2, -1)
+
+
+def _pad_blocks(codes: Tensor) -> Tensor:
+    rows, columns = codes.shape
+    return pad(codes, (0, -columns % BLOCK, 0, -rows % BLOCK))
+
+
+def _pad_rows(values: Tensor) -> Tensor:
+    return pad(values, (0, -len(values) % BLOCK)).contiguous()
+
+
+@cache
+def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool) -> Kernel:
+    """The variant for a tile, a weight format and an output type."""
+    return _VARIANTS[tile.kind](tile, policy, {"OUTPUT_BFLOAT16": bfloat16})
+
+
+def _large_variant(tile: Tile, policy: Policy, constants: dict[str, int]) -> Kernel:
+    # Unsigned weights save an instruction, signed ones power, of which large tiles run out first.
+    offset = 128 if tile.tokens == 128 else 0
+    staging = 2 * 3 * 64 * SLAB_ROWS * 2
+    fixed = 1024 + staging + 2 * tile.tokens * 8
+    stage = tile.tokens * BLOCK + tile.rows // SLAB_ROWS * policy.slab_bytes + 16
+    stages = (SHARED_LIMIT - fixed) // stage
+    return _wgmma_variant(
+        "large", tile, policy, constants, offset, stages, fixed + stages * stage, 384
+    )
+
+
+def _small_variant(tile: Tile, policy: Policy, constants: dict[str, int]) -> Kernel:
+    threads = tile.rows // SLAB_ROWS * tile.interleave * 128 + 64
+    stage = tile.tokens * BLOCK + tile.rows // SLAB_ROWS * policy.slab_bytes + 16
+    stages = min(16, (SHARED_HALF - 1024) // stage // tile.interleave * tile.interleave)
+    sums = tile.interleave * tile.tokens * (tile.rows + 4) * 4 + 16 * stages
+    blocks = 2 if REGISTERS // (2 * threads) >= 66 + tile.tokens // 2 else 1
+    shared = 1024 + max(stages * stage, sums)
+    constants = {"INTERLEAVE": tile.interleave, "BLOCKS_PER_SM": blocks, **constants}
+    return _wgmma_variant("small", tile, policy, constants, 128, stages, shared, threads)
+
+
+def _wgmma_variant(
+    name: str,
+    tile: Tile,
+    policy: Policy,
+    constants: dict[str, int],
+    offset: int,
+    stages: int,
+    shared_bytes: int,
+    threads: int,
+) -> Kernel:
+    values = policy.constants(offset)
+    maps = {"large": "128s128s", "small": "128s"}[name]
+    last = {"large": "i", "small": "P"}[name]
+    return Kernel(
+        f"w4a8_gemm_{name}_sm90.cu",
+        f"w4a8_gemm_{name}",
+        parameters=maps + OPERANDS + last,
+        threads=threads,
+        shared_bytes=shared_bytes,
+        cluster=tile.cluster,
+        overlap=True,
+        generated=wgmma_source(tile.tokens, "u8" if values["WEIGHT_OFFSET"] else "s8"),
+        constants={
+            "ROWS": tile.rows,
+            "TOKENS": tile.tokens,
+            "CLUSTER": tile.cluster,
+            "STAGES": stages,
+            "SHARED_BYTES": shared_bytes,
+            **constants,
+            **values,
+        },
+    )
+
+
+def _launch_large(
+    kernel: Kernel,
+    tile: Tile,
+    weight: CudaWeight,
+    x: QuantizedActivation,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    clusters = weight.device.multiprocessors // tile.cluster
+    tiles = -(-len(out) // tile.tokens) * -(-weight.shape[0] // (tile.rows * tile.cluster))
+    whole = whole_tiles(tiles, clusters, tile, weight.shape[1])
+    used = min(clusters, tiles if whole == tiles else max(whole, 2 * (tiles - whole)))
+    token_map = jit.tensor_map(x.codes, (tile.tokens // tile.cluster, BLOCK))
+    output_map = jit.tensor_map(out, (64, SLAB_ROWS))
+    kernel(
+        out.device,
+        (used * tile.cluster,),
+        (token_map, output_map, *weight.operands(x, bias), whole),
+    )
+
+
+def whole_tiles(tiles: int, clusters: int, tile: Tile, columns: int) -> int:
+    """Tiles that run whole; a last wave that is at most half full is split along K instead."""
+    left = tiles % clusters
+    splits = tile.cluster == 2 and 2 * left <= clusters and columns > 2 * BLOCK
+    return tiles - left if splits else tiles
+
+
+def _launch_small(
+    kernel: Kernel,
+    tile: Tile,
+    weight: CudaWeight,
+    x: QuantizedActivation,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    grid = (-(-weight.shape[0] // tile.rows) * tile.cluster, -(-len(out) // tile.tokens))
+    token_map = jit.tensor_map(x.codes, (tile.tokens, BLOCK))
+    kernel(out.device, grid, (token_map, *weight.operands(x, bias), out))
+
+
+_VARIANTS = {"large": _large_variant, "small": _small_variant}
+_LAUNCHERS = {"large": _launch_large, "small": _launch_small}
+
+
+@cache
+def _device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.name, properties.multi_processor_count)
+
+
+def _require_contiguous(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise OpError(f"quantized_linear: {name} must be contiguous")
