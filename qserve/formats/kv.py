@@ -12,7 +12,7 @@ read-modify-write.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,10 +63,15 @@ class KVFormat:
         """Bytes of one token in one layer."""
         return self.page_bytes // PAGE_TOKENS
 
-    @cached_property
+    @property
     def key_channel_order(self) -> Tensor:
         """int64 [D]: which channel each unpacked K element is (`unpack_codes`)."""
         return _code_layout(self.bits, self.head_dim).key_channels
+
+    @property
+    def value_channel_order(self) -> Tensor:
+        """int64 [D]: which channel each unpacked V element is (`unpack_codes`)."""
+        return _code_layout(self.bits, self.head_dim).value_channels
 
     def new_pool(self, num_pages: int, device: torch.device | str = "cpu") -> Tensor:
         """uint8 [num_pages, Hkv, block_bytes], not initialised."""
@@ -116,63 +121,65 @@ def write_tokens(
         halves[pages, :, 1, offsets] = values.to(kv_format.dtype)
         return
     code_layout = _code_layout(kv_format.bits, kv_format.head_dim)
-    _write_half(
-        pool, kv_format, pages, offsets, keys, 0, code_layout.key_bytes, code_layout.key_channels
-    )
-    _write_half(
-        pool,
-        kv_format,
-        pages,
-        offsets,
-        values,
-        1,
-        code_layout.value_bytes,
-        code_layout.value_channels,
-    )
+    scales = 2 * kv_format.code_bytes
+    key_row = _TokenRow.of(keys, kv_format.bits, code_layout.key_channels)
+    _scatter(pool, pages, code_layout.key_bytes[offsets], key_row.codes)
+    _scatter(pool, pages, scales + _scale_bytes_of(offsets), key_row.scales)
+    value_row = _TokenRow.of(values, kv_format.bits, code_layout.value_channels)
+    _scatter(pool, pages, kv_format.code_bytes + code_layout.value_bytes[offsets], value_row.codes)
+    scales += kv_format.scale_bytes
+    _scatter(pool, pages, scales + _scale_bytes_of(offsets), value_row.scales)
 
 
-def _write_half(
-    pool: Tensor,
-    kv_format: KVFormat,
-    pages: Tensor,
-    offsets: Tensor,
-    x: Tensor,
-    half: int,
-    byte_index: Tensor,
-    channels: Tensor,
-) -> None:
-    quantized = quantize_kv(x, kv_format.bits)
-    codes = quantized.codes[..., channels]
-    if kv_format.bits == 4:
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    heads = torch.arange(kv_format.num_kv_heads)[None, :, None]
-    where = half * kv_format.code_bytes + byte_index[offsets][:, None, :]
-    pool[pages[:, None, None], heads, where] = codes
-    first_scale = 2 * kv_format.code_bytes + half * kv_format.scale_bytes
-    scales = pool[..., first_scale : first_scale + kv_format.scale_bytes].view(torch.float16)
-    pairs = torch.stack((quantized.scale, quantized.offset), dim=-1)
-    columns = offsets[:, None] * 2 + torch.arange(2)
-    scales[pages[:, None, None], heads, columns[:, None, :]] = pairs
+@dataclass(frozen=True)
+class _TokenRow:
+    """What one token of one head writes: codes u8 [T, Hkv, bytes], scales u8 [T, Hkv, 4]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, bits: int, channels: Tensor) -> _TokenRow:
+        quantized = quantize_kv(x, bits)
+        codes = quantized.codes[..., channels]
+        if bits == 4:
+            low, high = codes.chunk(2, dim=-1)
+            codes = low | (high << 4)
+        pairs = torch.stack((quantized.scale, quantized.offset), dim=-1)
+        return cls(codes, pairs.view(torch.uint8))
+
+
+def _scatter(pool: Tensor, pages: Tensor, where: Tensor, row: Tensor) -> None:
+    """Write row u8 [T, Hkv, n] at bytes where i64 [T, n] of the tokens' blocks."""
+    heads = torch.arange(pool.shape[1])[None, :, None]
+    pool[pages[:, None, None], heads, where[:, None, :]] = row
+
+
+def _scale_bytes_of(offsets: Tensor) -> Tensor:
+    return offsets[:, None] * KV_SCALE_BYTES + torch.arange(KV_SCALE_BYTES)
 
 
 def unpack_codes(blocks: Tensor, kv_format: KVFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """K and V codes of blocks u8 [..., block_bytes] as `dtype` [..., 64, D].
 
-    K's channels come in `kv_format.key_channel_order`, V's in natural order.
+    Channels come in `kv_format.key_channel_order` and `value_channel_order`.
     """
     keys, values = blocks[..., : 2 * kv_format.code_bytes].unflatten(-1, (2, -1)).unbind(-2)
     if kv_format.bits == 16:
         shape = (PAGE_TOKENS, kv_format.head_dim)
-        return tuple(
-            half.contiguous().view(kv_format.dtype).to(dtype).unflatten(-1, shape)
-            for half in (keys, values)
-        )
-    code_layout = _code_layout(kv_format.bits, kv_format.head_dim)
-    keys, values = keys[..., code_layout.key_bytes], values[..., code_layout.value_bytes]
+        keys, values = (half.contiguous().view(kv_format.dtype) for half in (keys, values))
+        return keys.to(dtype).unflatten(-1, shape), values.to(dtype).unflatten(-1, shape)
     if kv_format.bits == 8:
+        keys, values = (half.unflatten(-1, (PAGE_TOKENS, -1)) for half in (keys, values))
         return keys.to(dtype), values.to(dtype)
-    pairs = _nibble_pairs(dtype)
-    return pairs[keys.int()].flatten(-2), pairs[values.int()].flatten(-2)
+    words = _key_words_by_token(keys.contiguous().view(torch.int32))
+    halves = _value_halves_by_token(values.contiguous().view(torch.int16))
+    return _nibbles(words.view(torch.uint8), dtype), _nibbles(halves.view(torch.uint8), dtype)
+
+
+def _nibbles(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """u8 [..., n] to `dtype` [..., 2n]: all low nibbles, then all high ones."""
+    return torch.cat((packed & 0xF, packed >> 4), dim=-1).to(dtype)
 
 
 def unpack_scales(blocks: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
@@ -185,7 +192,8 @@ def unpack_scales(blocks: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
 def dequantize_blocks(blocks: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
     """K and V float64 [..., 64, D] of blocks u8 [..., block_bytes], channels in natural order."""
     keys, values = unpack_codes(blocks, kv_format, torch.float64)
-    keys = keys[..., torch.argsort(kv_format.key_channel_order)]
+    keys = keys[..., kv_format.key_channel_order.argsort()]
+    values = values[..., kv_format.value_channel_order.argsort()]
     if kv_format.bits == 16:
         return keys, values
     key_scales, value_scales = unpack_scales(blocks, kv_format)
@@ -199,7 +207,8 @@ def _affine(codes: Tensor, scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _CodeLayout:
-    """Byte of each token's codes within its half, i64 [64, bytes], and the channels they hold."""
+    """Byte of each token's codes within its half, i64 [64, bytes], and the channels they hold:
+    those of the low nibbles, then those of the high ones."""
 
     key_bytes: Tensor
     key_channels: Tensor
@@ -209,49 +218,43 @@ class _CodeLayout:
 
 @lru_cache(maxsize=8)
 def _code_layout(bits: int, head_dim: int) -> _CodeLayout:
+    channels = torch.arange(head_dim)
     if bits != 4:
         natural = torch.arange(PAGE_TOKENS * head_dim).reshape(PAGE_TOKENS, head_dim)
-        channels = torch.arange(head_dim)
         return _CodeLayout(natural, channels, natural, channels)
-    nibbles = torch.arange(PAGE_TOKENS * head_dim)
+    words = _key_words_by_token(torch.arange(PAGE_TOKENS * head_dim // 8))
+    halves = _value_halves_by_token(torch.arange(PAGE_TOKENS * head_dim // 4))
+    eights = channels.reshape(-1, 8)
     return _CodeLayout(
-        *_bytes_and_channels(_natural_keys(nibbles, head_dim)),
-        *_bytes_and_channels(_natural_values(nibbles, head_dim)),
+        key_bytes=(words[..., None] * 4 + torch.arange(4)).flatten(1),
+        key_channels=torch.cat((eights[:, [0, 4, 1, 5]], eights[:, [2, 6, 3, 7]])).flatten(),
+        value_bytes=(halves[..., None] * 2 + torch.arange(2)).flatten(1),
+        value_channels=torch.cat((channels[0::2], channels[1::2])),
     )
 
 
-def _natural_keys(nibbles: Tensor, head_dim: int) -> Tensor:
-    """Nibbles of the K half, in memory order, as [token, channel].
+def _key_words_by_token(words: Tensor) -> Tensor:
+    """The K half's 4-byte words [..., 8 D] in memory order, as [..., token, D / 8].
 
-    token = 8 g + 2 i1 + i0, channel = t * D/4 + 16 p1 + 8 p0 + 4 j2 + 2 j1 + j0.
+    A word holds 8 neighbouring channels of one token. token = 8 g + 2 i1 + i0,
+    word = t * D / 32 + 2 p1 + p0.
     """
-    memory = nibbles.reshape(4, head_dim // 64, 8, 4, 2, 2, 2, 2, 2)
-    # memory order: i1, p1, g, t, p0, i0, j0, j2, j1
-    natural = memory.permute(2, 0, 5, 3, 1, 4, 7, 8, 6)
-    return natural.reshape(PAGE_TOKENS, head_dim)
+    memory = words.unflatten(-1, (4, -1, 8, 4, 2, 2))  # i1, p1, g, t, p0, i0
+    return _reorder(memory, (2, 0, 5, 3, 1, 4))
 
 
-def _natural_values(nibbles: Tensor, head_dim: int) -> Tensor:
-    """Nibbles of the V half, in memory order, as [token, channel].
+def _value_halves_by_token(halves: Tensor) -> Tensor:
+    """The V half's 2-byte half words [..., 16 D] in memory order, as [..., token, D / 4].
 
-    token = 16 g1 + 8 g0 + 2 i1 + i0, channel = 64 q1 + 32 q0 + 4 p + 2 sub + hi.
+    A half word holds 4 neighbouring channels of one token. token = 16 g1 + 8 g0 + 2 i1 + i0,
+    half word = 16 q1 + 8 q0 + p.
     """
-    memory = nibbles.reshape(4, head_dim // 64, 8, 4, 2, 2, 2, 2, 2)
-    # memory order: i1, q1, p, g1, q0, i0, g0, sub, hi
-    natural = memory.permute(3, 6, 0, 5, 1, 4, 2, 7, 8)
-    return natural.reshape(PAGE_TOKENS, head_dim)
+    memory = halves.unflatten(-1, (4, -1, 8, 4, 2, 2, 2))  # i1, q1, p, g1, q0, i0, g0
+    return _reorder(memory, (3, 6, 0, 5, 1, 4, 2))
 
 
-def _bytes_and_channels(addresses: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token: its bytes, and the channels of their low and high nibbles, bytes by lowest channel."""
-    ordered, channels = addresses.sort(dim=1)
-    pairs = channels[0].unflatten(0, (-1, 2))
-    by_channel = pairs[:, 0].argsort()
-    return ordered[:, ::2][:, by_channel] // 2, pairs[by_channel].flatten()
-
-
-@lru_cache(maxsize=4)
-def _nibble_pairs(dtype: torch.dtype) -> Tensor:
-    """[256, 2]: the low and the high nibble of every byte."""
-    byte = torch.arange(256)
-    return torch.stack((byte & 0xF, byte >> 4), dim=-1).to(dtype)
+def _reorder(memory: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Permute the trailing dimensions and fold them to [..., 64, n]."""
+    leading = memory.dim() - len(order)
+    natural = memory.permute(*range(leading), *(leading + dim for dim in order))
+    return natural.reshape(*memory.shape[:leading], PAGE_TOKENS, -1)

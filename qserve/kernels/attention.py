@@ -45,70 +45,88 @@ def paged_attention(
 
         return attention_cuda.paged_attention(q, batch, pool, kv_format, scale, window)
     out = torch.empty(q.shape[0], q.shape[1] * head_dim, dtype=q.dtype)
-    starts = batch.query_start.tolist()
-    for index, context in enumerate(batch.context_lens.tolist()):
-        rows = slice(starts[index], starts[index + 1])
-        pages = batch.page_table[index, : -(-context // PAGE_TOKENS)].long()
-        context_kv = _Context.read(pool[pages], kv_format, context)
-        out[rows] = context_kv.attend(q[rows], scale, window).to(q.dtype)
+    for group in _groups_of_equal_length(batch):
+        contexts = _Contexts.read(pool, batch, group.sequences, kv_format)
+        out[group.rows] = contexts.attend(q[group.rows], scale, window).to(q.dtype)
     return out
 
 
 @dataclass(frozen=True)
-class _Context:
-    """One sequence's K and V: codes float64 [Hkv, C, D], K in `key_channel_order`.
+class _Group:
+    """Sequences with as many queries each: int64 [n], and their tokens' rows, int64 [n, L]."""
 
-    scales: float64 [Hkv, C, 4], the scale and offset of K, then of V; None for 16-bit pages.
+    sequences: Tensor
+    rows: Tensor
+
+
+def _groups_of_equal_length(batch: PagedBatch) -> list[_Group]:
+    starts = batch.query_start.long()
+    lengths = starts.diff()
+    groups = []
+    for length in lengths.unique().tolist():
+        sequences = (lengths == length).nonzero().flatten()
+        groups.append(_Group(sequences, starts[sequences, None] + torch.arange(length)))
+    return groups
+
+
+@dataclass(frozen=True)
+class _Contexts:
+    """n sequences' K and V, padded to the longest: codes float64 [n, Hkv, C, D], channels in the
+    order of `unpack_codes`.
+
+    scales: float64 [n, Hkv, C, 4], the scale and offset of K, then of V; None for 16-bit pages.
+    lengths: int64 [n]; past them scales and 16-bit values are zero.
     """
 
     keys: Tensor
     values: Tensor
     scales: Tensor | None
-    key_channel_order: Tensor
+    lengths: Tensor
+    kv_format: KVFormat
 
     @classmethod
-    def read(cls, blocks: Tensor, kv_format: KVFormat, length: int) -> _Context:
-        """From the sequence's blocks u8 [pages, Hkv, block_bytes]."""
-
-        def in_order(tensor: Tensor) -> Tensor:
-            return tensor.transpose(0, 1).flatten(1, 2)[:, :length]
-
-        keys, values = map(in_order, unpack_codes(blocks, kv_format, torch.float64))
-        scales = None
-        if kv_format.bits < 16:
-            scales = in_order(torch.cat(unpack_scales(blocks, kv_format), dim=-1)).double()
-        return cls(keys, values, scales, kv_format.key_channel_order)
+    def read(
+        cls, pool: Tensor, batch: PagedBatch, sequences: Tensor, kv_format: KVFormat
+    ) -> _Contexts:
+        lengths = batch.context_lens[sequences].long()
+        num_pages = -(-int(lengths.max()) // PAGE_TOKENS)
+        pages = batch.page_table[sequences, :num_pages].long()
+        blocks = pool[pages].transpose(1, 2).contiguous()
+        past = torch.arange(num_pages * PAGE_TOKENS) >= lengths[:, None, None]
+        keys, values = (x.flatten(2, 3) for x in unpack_codes(blocks, kv_format, torch.float64))
+        if kv_format.bits == 16:
+            values = values.masked_fill(past[..., None], 0)
+            return cls(keys, values, None, lengths, kv_format)
+        scales = torch.cat(unpack_scales(blocks, kv_format), dim=-1).flatten(2, 3).double()
+        return cls(keys, values, scales.masked_fill(past[..., None], 0), lengths, kv_format)
 
     def attend(self, q: Tensor, scale: float, window: int | None) -> Tensor:
-        """float64 [L, Hq * D] of the last L positions' q [L, Hq, D]."""
-        length, heads, head_dim = q.shape
-        kv_heads = self.keys.shape[0]
-        grouped = q.double().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-        queries = grouped.reshape(kv_heads, -1, head_dim)
-        scores = self._scores(queries) * scale
-        scores = scores.unflatten(1, (-1, length)).masked_fill_(
-            ~self._visible(length, window), -torch.inf
-        )
-        weights = scores.softmax(dim=-1).flatten(1, 2)
-        out = self._weighted_values(weights).unflatten(1, (-1, length))
-        return out.permute(2, 0, 1, 3).reshape(length, heads * head_dim)
+        """float64 [n, L, Hq * D] of the last L positions' q [n, L, Hq, D]."""
+        length, kv_heads = q.shape[1], self.keys.shape[1]
+        grouped = q.double().unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        scores = self._scores(grouped.flatten(2, 3)) * scale
+        scores = scores.unflatten(2, (-1, length))
+        scores.masked_fill_(~self._visible(length, window)[:, None, None], -torch.inf)
+        weights = scores.softmax(dim=-1).flatten(2, 3)
+        out = self._weighted_values(weights)[..., self.kv_format.value_channel_order.argsort()]
+        out = out.unflatten(2, (-1, length))
+        return out.permute(0, 3, 1, 2, 4).flatten(2)
 
     def _scores(self, queries: Tensor) -> Tensor:
-        dots = queries[..., self.key_channel_order] @ self.keys.transpose(1, 2)
+        dots = queries[..., self.kv_format.key_channel_order] @ self.keys.transpose(-1, -2)
         if self.scales is None:
             return dots
-        scale, offset = self.scales[:, None, :, 0], self.scales[:, None, :, 1]
+        scale, offset = self.scales[..., None, :, 0], self.scales[..., None, :, 1]
         return dots * scale + queries.sum(dim=-1, keepdim=True) * offset
 
     def _weighted_values(self, weights: Tensor) -> Tensor:
         if self.scales is None:
             return weights @ self.values
-        scale, offset = self.scales[:, None, :, 2], self.scales[:, :, 3:]
+        scale, offset = self.scales[..., None, :, 2], self.scales[..., 3:]
         return (weights * scale) @ self.values + weights @ offset
 
     def _visible(self, length: int, window: int | None) -> Tensor:
-        context = self.keys.shape[1]
-        query = torch.arange(context - length, context)[:, None]
-        key = torch.arange(context)[None]
+        query = (self.lengths[:, None] - length + torch.arange(length))[:, :, None]
+        key = torch.arange(self.keys.shape[2])
         visible = key <= query
         return visible if window is None else visible & (key > query - window)
