@@ -48,7 +48,7 @@ def _rope_scaling(
     kind: str, parameters: Mapping[str, Any], hf_config: Mapping[str, Any]
 ) -> dict[str, Any]:
     scaling: dict[str, Any] = {"factor": float(_required(parameters, "factor", "rope scaling"))}
-    trained = hf_config["max_position_embeddings"]
+    trained = _required(hf_config, "max_position_embeddings", "config.json")
     if kind == "dynamic":
         scaling["original_max_positions"] = trained
     if kind == "llama3":

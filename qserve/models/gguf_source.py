@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,9 @@ _LAYER_NAMES = {
 }
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "original_max_position_embeddings": 8192,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
+_LLAMA3_ROPE = RopeConfig(
+    kind="llama3", original_max_positions=8192, low_freq_factor=1.0, high_freq_factor=4.0
+)
 
 
 class GGUFSource:
@@ -143,12 +141,17 @@ class GGUFSource:
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The file holds divisors of the frequencies; Llama 3's own constants must give them."""
         divisors = self._dequantize(_ROPE_FACTORS).double()
-        scaling = {**_LLAMA3_ROPE, "factor": float(divisors.max())}
-        rope = RopeConfig.from_hf({"rope_theta": theta, "rope_scaling": scaling})
+        rope = replace(_LLAMA3_ROPE, theta=theta, factor=float(divisors.max()))
         expected = 1 / llama3_multipliers(rope, unscaled_frequencies(theta, head_dim))
-        if not torch.allclose(divisors, expected, rtol=1e-3):
+        if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
             raise ModelError(f"{self.path}: {_ROPE_FACTORS} is not the scaling of Llama 3")
-        return scaling
+        return {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
 
     def _setting(self, key: str, default: Any = None) -> Any:
         """Metadata of the architecture; required where there is no default."""

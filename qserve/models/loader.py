@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qserve.formats.weight import QuantizedWeight, W4Weight, W8Weight
+from qserve.formats.weight import FormatError, QuantizedWeight, W4Weight, W8Weight
 from qserve.kernels.gemm import prepare_weight
 from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError
@@ -30,7 +30,8 @@ def load_decoder(
     device: torch.device | str = "cpu",
     activations: Activations = "int8",
 ) -> Decoder:
-    """The whole model; ModelError or FormatError names what is missing, extra or does not fit."""
+    """The whole model; ModelError names what is missing, extra or does not fit."""
+    _check_method(source)
     check_names(source)
     config = source.config
     reader = _Reader.of(source, dtype, device, activations)
@@ -49,6 +50,12 @@ def load_layer(
 ) -> DecoderLayer:
     """One layer, for who wants to hold one at a time."""
     return _Reader.of(source, dtype, device, activations).layer(index)
+
+
+def _check_method(source: WeightSource) -> None:
+    method = (source.quantization or {}).get("quant_method", "qoq")
+    if method != "qoq":
+        raise ModelError(f"quant_method {method!r} is not supported, only 'qoq' is")
 
 
 def check_names(source: WeightSource) -> None:
@@ -95,6 +102,14 @@ def read_weight(source: WeightSource, linear: str) -> Tensor | QuantizedWeight:
     """The weight of one unfused linear, by its full name, as it is stored."""
     suffixes = _weight_suffixes(source.names(), linear)
     tensors = {suffix: source.tensor(f"{linear}.{suffix}") for suffix in suffixes}
+    try:
+        return _weight_of(tensors, linear)
+    except FormatError as error:
+        named = str(error) if linear in str(error) else f"{linear}: {error}"
+        raise ModelError(named) from error
+
+
+def _weight_of(tensors: dict[str, Tensor], linear: str) -> Tensor | QuantizedWeight:
     if "qweight" in tensors:
         return W4Weight(**tensors).validate(linear).in_kernel_order()
     if "dequant_scale" in tensors:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -79,14 +79,14 @@ def _packaged_smollm2() -> Path:
 
 def _download(model: str) -> Path:
     """Fetch a hub model's snapshot: its safetensors, or its state dicts where it has none."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ModelError(f"{model}: no such directory or file, nor a hub id")
     texts = ["*.json", "*.txt", "*.model", "*.jinja"]
     try:
         directory = _snapshot(model, [*texts, "*.safetensors"])
         if not any(directory.glob("*.safetensors")):
             directory = _snapshot(model, [*texts, "*.bin", "*.pt"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{model}: no such directory, and the hub does not give it: {_first_line(error)}"
         ) from error
