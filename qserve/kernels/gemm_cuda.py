@@ -19,7 +19,7 @@ from qserve.formats.weight import QuantizedWeight, W4Weight
 from qserve.kernels import jit
 from qserve.kernels.jit import Kernel
 from qserve.kernels.op import OpError
-from qserve.kernels.tiles import HOPPER_TILES, Device, Problem, Tile, choose
+from qserve.kernels.tiles import Device, Problem, Tile, choose, tiles_for
 from qserve.kernels.wgmma import wgmma_source
 
 BLOCK = 128
@@ -109,7 +109,9 @@ class CudaWeight:
         """[M, N] in `out_dtype`, float16 or bfloat16."""
         rows, columns = self.shape
         problem = Problem(x.codes.shape[0], rows, columns, not self.policy.per_channel)
-        return self.apply_tile(x, bias, out_dtype, choose(problem, self.device, HOPPER_TILES))
+        return self.apply_tile(
+            x, bias, out_dtype, choose(problem, self.device, tiles_for("sm_90a"))
+        )
 
     def apply_tile(
         self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype, tile: Tile

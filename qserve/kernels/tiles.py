@@ -71,7 +71,11 @@ SMALL_TILES = tuple(
         (64, 4, 2),
     )
 ) + tuple(Tile("small", 128, 128, cluster) for cluster in (1, 2, 4))
-HOPPER_TILES = SMALL_TILES + LARGE_TILES
+
+
+def tiles_for(arch: str) -> tuple[Tile, ...]:
+    """The tiles that run on an architecture."""
+    return SMALL_TILES + LARGE_TILES
 
 
 def choose(problem: Problem, device: Device, candidates: tuple[Tile, ...]) -> Tile:

@@ -1,0 +1,56 @@
+"""The linears of the model families that the kernels are measured on, and random operands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from qserve.formats.activation import QuantizedActivation, quantize_activation
+from qserve.formats.weight import fit_grid
+from qserve.kernels.gemm_cuda import CudaWeight
+from qserve.testing.timing import copies_beyond_cache
+
+Shape = tuple[int, int]
+
+FAMILIES: dict[str, dict[str, Shape]] = {
+    "llama-3-8b": {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    },
+    "llama-2-7b": {
+        "qkv": (12288, 4096),
+        "o": (4096, 4096),
+        "gate_up": (22016, 4096),
+        "down": (4096, 11008),
+    },
+    "qwen1.5-72b": {
+        "qkv": (24576, 8192),
+        "o": (8192, 8192),
+        "gate_up": (49152, 8192),
+        "down": (8192, 24576),
+    },
+    "smollm2-135m": {
+        "qkv": (960, 576),
+        "o": (576, 576),
+        "gate_up": (3072, 576),
+        "down": (576, 1536),
+    },
+}
+"""Family -> linear -> (N, K)."""
+
+
+def activation(tokens: int, columns: int) -> QuantizedActivation:
+    """Quantized Gaussian values, int8 [tokens, columns]."""
+    return quantize_activation(torch.randn(tokens, columns, device="cuda"))
+
+
+def cuda_weights(rows: int, columns: int, group_size: int) -> list[CudaWeight]:
+    """Gaussian weights [rows, columns], as many copies as no cache holds."""
+    weight = torch.randn(rows, columns, device="cuda")
+    grid = fit_grid(weight, group_size)
+    first = CudaWeight.prepare(grid.pack(grid.quantize(weight)), weight.device)
+    copies = copies_beyond_cache(first.packed.nbytes)
+    return [first] + [replace(first, packed=first.packed.clone()) for _ in range(copies - 1)]
