@@ -19,6 +19,8 @@ class EngineConfig:
     max_batched_tokens: tokens computed per step at most, decodes and prefill chunks together.
     max_model_len: tokens of prompt and output together at most; None takes the model's own limit.
     kv_bits: bits per element of the key-value cache: 4, 8 or 16 (unquantized).
+    kv_hadamard: rotate each head's queries and keys after RoPE, so that few-bit keys lose less; the
+        scores are the same but for rounding.
     num_pages: pages of the cache, 64 tokens each; None takes what the memory holds and the limits
         above can use.
     gpu_memory_utilization: share of the device's free memory that the cache may take (of the
@@ -32,6 +34,7 @@ class EngineConfig:
     max_batched_tokens: int = 1024
     max_model_len: int | None = None
     kv_bits: int = 4
+    kv_hadamard: bool = False
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as TokenIds
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-from qserve.config import EngineConfig
-from qserve.engine.request import RequestOutput, SamplingParams
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qserve.config import ConfigError, EngineConfig
+from qserve.engine.batch import build_batch
+from qserve.engine.block_pool import BlockPool
+from qserve.engine.kv_cache import choose_num_pages, kv_format_of
+from qserve.engine.logprobs import prompt_logprobs, sampled_logprobs
+from qserve.engine.output import RequestState
+from qserve.engine.request import (
+    FinishReason,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    SequenceOutput,
+    TokenLogprob,
+)
+from qserve.engine.runner import ModelRunner
+from qserve.engine.sampler import sample
+from qserve.engine.scheduler import Scheduler, StepPlan
+from qserve.engine.sequence import Sequence, sequence_seed
+from qserve.formats.layout import PAGE_TOKENS
+from qserve.models.decoder import Decoder
+from qserve.models.loader import load_decoder
+from qserve.models.source import WeightSource, open_source
+from qserve.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for metrics. Counters run from the engine's start; `*_tokens` count tokens."""
+    """A snapshot for metrics; the last four count from the engine's start."""
 
     running: int
     waiting: int
@@ -28,42 +53,200 @@ class EngineStats:
 class Engine:
     """Serves requests on one decoder with a paged cache. Not thread-safe: one thread owns it."""
 
-    def __init__(self, decoder: Any, tokenizer: Any, config: EngineConfig) -> None:
-        raise NotImplementedError
+    def __init__(
+        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, config: EngineConfig
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = decoder.config
+        self.max_model_len = _max_model_len(config, self.model.max_position_embeddings)
+        self.kv_format = kv_format_of(decoder, config.kv_bits)
+        page_bytes = self.model.num_layers * self.kv_format.page_bytes
+        num_pages = choose_num_pages(config, page_bytes, self.max_model_len, decoder.device)
+        self._pool = BlockPool(num_pages, PAGE_TOKENS)
+        self._scheduler = Scheduler(
+            self._pool,
+            config.max_num_sequences,
+            config.max_batched_tokens,
+            self.max_model_len,
+            config.enable_prefix_caching,
+        )
+        self._runner = ModelRunner(
+            decoder, self.kv_format, num_pages, self.max_model_len, config.kv_hadamard
+        )
+        self._requests: dict[str, RequestState] = {}
+        self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
 
     @classmethod
-    def load(cls, path: str | Path, config: EngineConfig) -> Engine:
-        """Open a checkpoint directory, hub id or GGUF file and make it ready to serve."""
-        raise NotImplementedError
+    def load(cls, model: str | Path, config: EngineConfig) -> Engine:
+        """Open a checkpoint directory, hub id or GGUF file and make it ready to serve.
+
+        Raises ModelError if it cannot be read, ConfigError if it does not go with `config`.
+        """
+        source = open_source(str(model))
+        device = _resolve_device(config.device)
+        dtype = _resolve_dtype(config.dtype, source.config.dtype, device)
+        return cls(load_decoder(source, dtype, device), _load_tokenizer(source), config)
+
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raise RequestError, naming what is wrong, if the request could never be served."""
+        self._scheduler.check_fits(len(prompt_token_ids))
+        for name, token_ids in (
+            ("prompt", prompt_token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            _check_token_ids(name, token_ids, self.model.vocab_size)
+        for name in ("top_k", "logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.model.vocab_size:
+                raise RequestError(
+                    f"{name} {getattr(params, name)} exceeds the vocabulary of "
+                    f"{self.model.vocab_size} tokens"
+                )
 
     def add_request(
-        self, request_id: str, prompt_token_ids: TokenIds[int], params: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
     ) -> None:
-        """Queue a request.
-
-        Raises RequestError, before anything changes, if it could never be served.
-        """
-        raise NotImplementedError
+        """Queue a request. Raises RequestError, before anything changes, if it cannot be served."""
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use")
+        self.check_request(prompt_token_ids, params)
+        sequences = [
+            self._new_sequence(request_id, index, prompt_token_ids, params)
+            for index in range(params.n)
+        ]
+        self._requests[request_id] = RequestState.start(sequences, self.tokenizer)
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+        self._num_prompt_tokens += len(prompt_token_ids)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free its pages; no further output comes for it.
+        """Forget a request and free its pages; no output for it comes any more.
 
-        Unknown ids are ignored.
+        Unknown ids pass.
         """
-        raise NotImplementedError
+        request = self._requests.pop(request_id, None)
+        for sequence in request.sequences if request else ():
+            self._scheduler.finish(sequence, FinishReason.ABORT)
 
     def step(self) -> list[RequestOutput]:
-        """Advance every running sequence by one step; return what each request gained."""
-        raise NotImplementedError
+        """Advance every running sequence by one step; return what each request gained.
+
+        If a step fails, what it was to write is unknown: all requests are aborted, the prefix cache
+        is forgotten, and the error is raised. The engine can go on with new requests.
+        """
+        try:
+            return self._advance() if self.has_unfinished else []
+        except Exception:
+            for request_id in tuple(self._requests):
+                self.abort(request_id)
+            self._pool.forget()
+            raise
+
+    def _advance(self) -> list[RequestOutput]:
+        plan = self._scheduler.schedule()
+        batch = build_batch(plan, self._runner.device)
+        hidden = self._runner.run(batch)
+        logits = self._runner.logits(hidden[batch.sample_rows])
+        token_ids = sample(logits, list(plan.sampled))
+        logprobs = sampled_logprobs(plan, logits, token_ids)
+        self._score_prompts(plan, hidden)
+        self._scheduler.commit(plan, token_ids.tolist())
+        return self._collect(plan, logprobs)
 
     @property
     def has_unfinished(self) -> bool:
-        raise NotImplementedError
+        return bool(self._requests)
 
     @property
     def stats(self) -> EngineStats:
-        raise NotImplementedError
+        return EngineStats(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            pages_used=self._pool.num_used,
+            pages_total=self._pool.num_pages,
+            prompt_tokens=self._num_prompt_tokens,
+            cached_tokens=self._num_cached_tokens,
+            generated_tokens=self._num_generated_tokens,
+            preemptions=self._scheduler.num_preemptions,
+        )
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every page is accounted for."""
-        raise NotImplementedError
+        """Raise AssertionError unless every page is accounted for; an idle engine uses none."""
+        self._scheduler.check_integrity()
+        assert self.has_unfinished or not self._pool.num_used, "an idle engine holds pages"
+
+    def _new_sequence(
+        self, request_id: str, index: int, prompt: list[int], params: SamplingParams
+    ) -> Sequence:
+        max_length = self._scheduler.max_length
+        if params.max_tokens is not None:
+            max_length = min(max_length, len(prompt) + params.max_tokens)
+        end_token_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_token_ids |= frozenset(self.model.eos_token_ids)
+        seed = sequence_seed(params.seed, index)
+        return Sequence(request_id, index, params, list(prompt), seed, max_length, end_token_ids)
+
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
+        for score in prompt_logprobs(plan, hidden, self._runner.logits):
+            request = self._requests[score.sequence.request_id]
+            request.prompt_logprobs[score.position] = score.logprob
+
+    def _collect(
+        self, plan: StepPlan, logprobs: Mapping[Sequence, TokenLogprob]
+    ) -> list[RequestOutput]:
+        """The outputs of a committed step; ends sequences whose text has reached a stop string."""
+        gained: dict[str, list[SequenceOutput]] = {}
+        for sequence in plan.sampled:
+            output = self._requests[sequence.request_id].advance(sequence, logprobs.get(sequence))
+            gained.setdefault(sequence.request_id, []).append(output)
+            if output.finish_reason is not None:
+                self._scheduler.finish(sequence, output.finish_reason)
+        self._num_generated_tokens += len(plan.sampled)
+        return [self._output(request_id, outputs) for request_id, outputs in gained.items()]
+
+    def _output(self, request_id: str, outputs: list[SequenceOutput]) -> RequestOutput:
+        request = self._requests[request_id]
+        if request.finished:
+            del self._requests[request_id]
+            self._num_cached_tokens += request.num_cached_tokens
+        return request.output(outputs)
+
+
+def _max_model_len(config: EngineConfig, limit: int) -> int:
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} exceeds the model's own limit of {limit} tokens"
+        )
+    return config.max_model_len or limit
+
+
+def _check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{name} holds {token_id!r}, which is not a token id below {vocab_size}"
+            )
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown") from error
+
+
+def _resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _load_tokenizer(source: WeightSource) -> PreTrainedTokenizerBase:
+    with TemporaryDirectory() as directory:
+        source.save_tokenizer(Path(directory))
+        return load_tokenizer(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -81,3 +82,9 @@ class Sequence:
             self.stop_reason = token_id if token_id in self.params.stop_token_ids else None
         elif len(self.token_ids) >= self.max_length:
             self.finish_reason = FinishReason.LENGTH
+
+
+def sequence_seed(seed: int | None, index: int) -> int:
+    """The seed of the `index`-th sequence of a request, in [0, 2^63); None draws one at random."""
+    generator = random.SystemRandom() if seed is None else random.Random(f"{seed}/{index}")
+    return generator.getrandbits(63)

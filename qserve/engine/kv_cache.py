@@ -1,0 +1,60 @@
+"""The memory of the cache: how many pages fit, and the pools that hold them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qserve.config import ConfigError, EngineConfig
+from qserve.formats.kv import KVFormat
+from qserve.formats.layout import PAGE_TOKENS
+from qserve.models.decoder import Decoder
+
+
+def kv_format_of(decoder: Decoder, bits: int) -> KVFormat:
+    """The format of a decoder's cache; unquantized pages hold bfloat16 if the model computes in
+    it."""
+    model = decoder.config
+    dtype = torch.bfloat16 if decoder.dtype == torch.bfloat16 else torch.float16
+    return KVFormat(bits, model.head_dim, model.num_kv_heads, dtype)
+
+
+def choose_num_pages(
+    config: EngineConfig, page_bytes: int, max_model_len: int, device: torch.device
+) -> int:
+    """Pages that the limits can use, or that fit the share of free memory, whichever is less.
+
+    page_bytes: of one page in all layers. Raises ConfigError if not one page fits.
+    """
+    if config.num_pages is not None:
+        return config.num_pages
+    useful = config.max_num_sequences * -(-max_model_len // PAGE_TOKENS)
+    available = int(free_bytes(device) * config.gpu_memory_utilization)
+    num_pages = min(useful, available // page_bytes)
+    if num_pages < 1:
+        raise ConfigError(
+            f"a page of the cache takes {page_bytes} bytes, but only {available} are available"
+        )
+    return num_pages
+
+
+def allocate_pools(
+    kv_format: KVFormat, num_layers: int, num_pages: int, device: torch.device
+) -> Tensor:
+    """uint8 [L, pages, Hkv, block_bytes], not initialised: no byte is read before it is written."""
+    shape = (num_layers, num_pages, kv_format.num_kv_heads, kv_format.block_bytes)
+    return torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device, or of the host for the CPU, that can still be taken."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024

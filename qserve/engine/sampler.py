@@ -1,0 +1,159 @@
+"""Choosing tokens: every row by its own parameters, on the logits' device, without a host sync.
+
+A row's token is a function of its logits, its parameters, its text so far and its seed alone: the
+noise is a hash of (seed, position), not a generator's state. So a seeded request yields the same
+tokens whatever runs beside it, however its prompt is cut, and after any preemption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qserve.engine.batch import to_device
+from qserve.engine.request import SamplingParams
+from qserve.engine.sequence import Sequence
+
+Rows = list[Sequence]
+
+_GOLDEN_RATIO = -0x61C8864680B583EB  # odd, and its multiples spread evenly over 64 bits
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Rows) -> Tensor:
+    """The next token of each row: logits float32 [B, V] -> int64 [B].
+
+    Order as in SamplingParams.
+    """
+    logits = _on_rows(logits, logits, rows, lambda row: _has_penalties(row.params), _penalize)
+    logits = _on_rows(logits, logits, rows, lambda row: bool(row.params.logit_bias), _add_bias)
+    logits = _on_rows(logits, logits, rows, _must_go_on, _bar_end_tokens)
+    return _on_rows(
+        logits.argmax(dim=-1), logits, rows, lambda row: row.params.temperature > 0, _draw
+    )
+
+
+def _on_rows(
+    default: Tensor,
+    logits: Tensor,
+    rows: Rows,
+    applies: Callable[[Sequence], bool],
+    transform: Callable[[Tensor, Rows], Tensor],
+) -> Tensor:
+    """`default` [B, ...], with transform(logits, rows) in place of the rows to which it applies."""
+    selected = [index for index, row in enumerate(rows) if applies(row)]
+    if not selected:
+        return default
+    index = to_device(selected, logits.device)
+    changed = transform(logits[index], [rows[i] for i in selected])
+    return default.index_copy(0, index, changed)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    additive = params.presence_penalty != 0 or params.frequency_penalty != 0
+    return additive or params.repetition_penalty != 1
+
+
+def _must_go_on(row: Sequence) -> bool:
+    return row.num_output_tokens < row.params.min_tokens and bool(row.end_token_ids)
+
+
+def _penalize(logits: Tensor, rows: Rows) -> Tensor:
+    prompt = _counts([row.token_ids[: row.num_prompt_tokens] for row in rows], logits)
+    output = _counts([row.token_ids[row.num_prompt_tokens :] for row in rows], logits)
+    repetition = _column([row.params.repetition_penalty for row in rows], logits)
+    presence = _column([row.params.presence_penalty for row in rows], logits)
+    frequency = _column([row.params.frequency_penalty for row in rows], logits)
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(prompt + output > 0, repeated, logits)
+    return logits - frequency * output - presence * (output > 0)
+
+
+def _counts(texts: list[list[int]], logits: Tensor) -> Tensor:
+    """How often each token occurs in each text: float32 [B, V]."""
+    vocab_size, width = logits.shape[1], max(map(len, texts))
+    padded = [[*text, *[vocab_size] * (width - len(text))] for text in texts]
+    counts = logits.new_zeros(len(texts), vocab_size + 1)
+    index = to_device(padded, logits.device)
+    counts.scatter_add_(1, index, logits.new_ones(1, 1).expand(index.shape))
+    return counts[:, :vocab_size]
+
+
+def _add_bias(logits: Tensor, rows: Rows) -> Tensor:
+    biases = [(i, *bias) for i, row in enumerate(rows) for bias in row.params.logit_bias.items()]
+    indices, tokens, values = zip(*biases, strict=True)
+    where = (to_device(indices, logits.device), to_device(tokens, logits.device))
+    return logits.index_put(where, to_device(values, logits.device, logits.dtype), accumulate=True)
+
+
+def _bar_end_tokens(logits: Tensor, rows: Rows) -> Tensor:
+    barred = [(i, token) for i, row in enumerate(rows) for token in row.end_token_ids]
+    indices, tokens = zip(*barred, strict=True)
+    where = (to_device(indices, logits.device), to_device(tokens, logits.device))
+    return logits.index_put(where, logits.new_full((), -math.inf))
+
+
+def _draw(logits: Tensor, rows: Rows) -> Tensor:
+    """Sample by inverting the cumulative distribution, in float64 so that no token's share is
+    lost."""
+    temperature = _column([row.params.temperature for row in rows], logits)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    logits = _on_rows(logits, logits, rows, _has_top_filter, _keep_top)
+    logits = _on_rows(logits, logits, rows, lambda row: row.params.min_p > 0, _keep_min_p)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    seeds = to_device([row.seed for row in rows], logits.device)
+    positions = to_device([len(row.token_ids) for row in rows], logits.device)
+    threshold = uniform(seeds, positions)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def _has_top_filter(row: Sequence) -> bool:
+    return row.params.top_k > 0 or row.params.top_p < 1
+
+
+def _keep_top(logits: Tensor, rows: Rows) -> Tensor:
+    """Bar what is not among the top_k, nor in the smallest set of those that holds top_p of
+    them."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    top_k = _column([row.params.top_k or logits.shape[1] for row in rows], logits)
+    ranks = torch.arange(logits.shape[1], device=logits.device)
+    ordered = ordered.masked_fill(ranks >= top_k, -math.inf)
+    # A sum of rounded probabilities may pass 1, so that 1 itself would cut the tail.
+    top_p = _column([row.params.top_p if row.params.top_p < 1 else 2 for row in rows], logits)
+    probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    ordered = ordered.masked_fill(mass_before >= top_p, -math.inf)
+    return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+def _keep_min_p(logits: Tensor, rows: Rows) -> Tensor:
+    """Bar what is less than min_p times as likely as the likeliest, whose logit is 0 here."""
+    bounds = [math.log(row.params.min_p) for row in rows]
+    return logits.masked_fill(logits < _column(bounds, logits), -math.inf)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """float64 in [0, 1) from int64 pairs: SplitMix64 (Steele, Lea, Flood 2014) as a hash, twice."""
+    bits = _mix(_mix(seeds) + positions * _GOLDEN_RATIO)
+    return _shift_right(bits, 12).double() * 2.0**-52
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 on int64, whose products wrap."""
+    x = x + _GOLDEN_RATIO
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Of an unsigned number: the sign does not come along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _column(values: list[float], logits: Tensor) -> Tensor:
+    """float32 [B, 1], one value per row."""
+    return to_device(values, logits.device, torch.float32)[:, None]

@@ -1,0 +1,131 @@
+"""The only place that knows text: prompts, incremental decoding, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qserve.engine.request import RequestError
+
+REPLACEMENT = "\ufffd"
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer adds to any text."""
+    return list(tokenizer.encode(text))
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's answer begins.
+
+    messages: each with "role" and "content". Raises RequestError if the model has no chat template
+    or the template refuses them.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError("the model has no chat template")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise whatever they like
+        raise RequestError(f"the chat template refuses the messages: {error}") from error
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+class Detokenizer:
+    """Token ids in, text out; the parts join to the text of all tokens decoded at once.
+
+    A token is decoded together with those since the last clean cut between characters, because
+    byte-level tokens split characters and others depend on their neighbours. While the text ends in
+    a replacement character, more bytes may be due, and nothing is given out.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # given out, but the next token's neighbours
+        self._context_text = ""
+        self._pending: list[int] = []
+
+    def feed(self, token_id: int) -> str:
+        """The text that became final with this token."""
+        self._pending.append(token_id)
+        text = self._decode(self._context + self._pending)
+        if text.endswith(REPLACEMENT) or len(text) <= len(self._context_text):
+            return ""
+        return self._take(text)
+
+    def flush(self) -> str:
+        """What is left at the end, half characters included."""
+        return self._take(self._decode(self._context + self._pending)) if self._pending else ""
+
+    def _take(self, text: str) -> str:
+        new_text = text[len(self._context_text) :]
+        self._context, self._pending = self._pending, []
+        self._context_text = self._decode(self._context)
+        return new_text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+class StopMatcher:
+    """Finds stop strings in text that comes in pieces; the pieces' borders make no difference.
+
+    Of all occurrences, the one that ends first counts, and of those the longest.
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """(text that is final, the stop string found or None); nothing may be fed after a stop."""
+        text = self._held + text
+        found = [
+            (text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text
+        ]
+        if found:
+            end, _, stop = min(found)
+            return text[: end - len(stop)], stop
+        cut = len(text) - self._num_to_hold(text)
+        self._held = text[cut:]
+        return text[:cut], None
+
+    def flush(self) -> str:
+        """The text held back, once no more is to come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_to_hold(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string may go on from."""
+        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
+        lengths = range(longest, 0, -1)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+
+
+class TextDelta(NamedTuple):
+    text: str
+    stop: str | None
+
+
+class TextStream:
+    """The text of one sequence, from its tokens."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], min_tokens: int = 0) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self._num_unmatched = min_tokens
+
+    def feed(self, token_id: int) -> TextDelta:
+        """What a token adds; stop strings count from the first token after `min_tokens` on."""
+        text = self._detokenizer.feed(token_id)
+        if self._num_unmatched:
+            self._num_unmatched -= 1
+            return TextDelta(text, None)
+        return TextDelta(*self._matcher.feed(text))
+
+    def flush(self) -> TextDelta:
+        """What is left once the last token is fed."""
+        text, stop = self._matcher.feed(self._detokenizer.flush())
+        return TextDelta(text if stop else text + self._matcher.flush(), stop)
