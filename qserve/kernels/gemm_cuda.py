@@ -217,12 +217,12 @@ def _wgmma_variant(
     threads: int,
 ) -> Kernel:
     values = policy.constants(offset)
-    maps = {"large": "128s128s", "small": "128s"}[name]
+    maps = {"large": "128s 128s", "small": "128s"}[name]
     last = {"large": "i", "small": "P"}[name]
     return Kernel(
         f"w4a8_gemm_{name}_sm90.cu",
         f"w4a8_gemm_{name}",
-        parameters=maps + OPERANDS + last,
+        parameters=f"{maps} {OPERANDS} {last}",
         threads=threads,
         shared_bytes=shared_bytes,
         cluster=tile.cluster,

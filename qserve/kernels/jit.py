@@ -2,12 +2,13 @@
 
 A kernel variant is declared once, at module level or in a cached factory, and called with a grid:
 
-    scale_rows = Kernel("scale.cu", "scale_rows", parameters="PPi", threads=128,
+    scale_rows = Kernel("scale.cu", "scale_rows", parameters="P P i", threads=128,
                         constants={"COLUMNS": 4096})
     scale_rows(device, grid=(rows,), arguments=(x, y, rows))
 
-`parameters` is a `struct` format, one code per C parameter in order: P pointer (a tensor or None),
-i int, q long long, f float, 128s a `TensorMap` (see `tensor_map`). `constants` become `constexpr
+`parameters` has one word per C parameter, in `struct`'s letters: P pointer (a tensor or None), i int,
+q long long, f float, 128s a `TensorMap` (see `tensor_map`), several letters a struct passed by value
+(its fields follow each other in `arguments`). `constants` become `constexpr
 int` lines before the source, after the numbers of `formats.layout`; `#include "x.cuh"` is resolved
 inside `csrc/`. NVRTC compiles at the first launch (or in `warm_up`), and the cubin is kept on disk
 under a hash of everything that went into it. Launches go to torch's current stream and may be
@@ -105,7 +106,10 @@ class _Loaded:
     def __init__(self, kernel: Kernel, device_index: int) -> None:
         driver, core = _driver(), _core()
         self._kernel = kernel
-        self._layout = struct.Struct("@" + kernel.parameters)
+        words = [word + "0q" for word in kernel.parameters.split()]  # 0q: on to a multiple of 8
+        self._layout = struct.Struct("".join(words))
+        self._offsets = [struct.calcsize("".join(words[:i])) for i in range(len(words))]
+        self._table = ctypes.c_void_p * len(words)
         cubin = build(kernel, device_arch(device_index)).cubin
         self._code = core.ObjectCode.from_cubin(cubin)
         handle = self._code.get_kernel(kernel.entry).handle
@@ -119,12 +123,10 @@ class _Loaded:
 
     def launch(self, stream: int, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
         packed = self._layout.pack(*map(_value, arguments))
-        size = ctypes.c_size_t(len(packed))
-        address = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value
-        # The driver's list of launch options: 1 = parameter buffer, 2 = its size, 0 = end.
-        extra = (ctypes.c_void_p * 5)(1, address, 2, ctypes.addressof(size), 0)
+        start = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value or 0
+        table = self._table(*[start + offset for offset in self._offsets])
         config = self._config(stream, grid)
-        status = _driver().cuLaunchKernelEx(config, self._function, 0, ctypes.addressof(extra))
+        status = _driver().cuLaunchKernelEx(config, self._function, ctypes.addressof(table), 0)
         _check(status, self._kernel)
 
     def _make_config(self, stream: int, grid: tuple[int, ...]) -> Any:

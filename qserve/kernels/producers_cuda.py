@@ -14,12 +14,11 @@ from qserve.kernels.op import OpError
 VECTOR = 8
 """Elements read at once."""
 
-_QUANTIZED = "3P"
 _PARAMETERS = {
-    "rms_norm": "3Pf2P",
-    "rms_norm_quantize": "3PfP" + _QUANTIZED,
-    "silu_mul_quantize": "P" + _QUANTIZED,
-    "quantize_per_token": "P" + _QUANTIZED,
+    "rms_norm": "P P P f P P",
+    "rms_norm_quantize": "P P P f P PPP",
+    "silu_mul_quantize": "P PPP",
+    "quantize_per_token": "P PPP",
 }
 
 
