@@ -1,0 +1,72 @@
+"""Between text and tokens, for requests and for the log probabilities in answers."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from qserve.engine.text import REPLACEMENT, encode, encode_chat
+from qserve.server.protocol import ChatMessage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANCHOR = "a"
+
+
+class TextCodec:
+    """Encodes prompts and spells out single tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.spell = lru_cache(maxsize=65536)(self._spell)
+
+    async def encode_prompt(self, prompt: str | list[int]) -> list[int]:
+        """The tokens of a text, with those the model wants at its beginning; tokens stay."""
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(encode, self._tokenizer, prompt)
+        return prompt
+
+    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The tokens of a conversation up to where the assistant speaks, by the model's template.
+
+        Raises RequestError if there is no template or it refuses the conversation.
+        """
+        conversation = [{"role": message.role, "content": message.text} for message in messages]
+        return await asyncio.to_thread(encode_chat, self._tokenizer, conversation)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids))
+
+    def _spell(self, token_id: int) -> tuple[str, list[int] | None]:
+        """The text of one token amid others, and its bytes where they are known."""
+        text = self.decode([*self._anchor, token_id])[len(self.decode(self._anchor)) :]
+        if REPLACEMENT not in text:
+            return text, list(text.encode())
+        return text, _piece_bytes(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Tokens to put before one, as some decoders strip a space at the beginning of a text."""
+        return list(self._tokenizer.encode(_ANCHOR, add_special_tokens=False))
+
+
+def _piece_bytes(piece: str) -> list[int] | None:
+    """The bytes of part of a character, as byte-level and byte-fallback vocabularies write them."""
+    escaped = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    if escaped:
+        return [int(escaped[1], 16)]
+    alphabet = _byte_level_alphabet()
+    return [alphabet[c] for c in piece] if all(c in alphabet for c in piece) else None
+
+
+@lru_cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte: printable Latin-1 stands for itself, other bytes from U+0100 on (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
