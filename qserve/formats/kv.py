@@ -4,8 +4,8 @@ A block holds K codes | V codes | K (scale, offset) per token | V (scale, offset
 block holds the values alone. Per (token, head): `x ~ scale * code + offset`, both float16, so that a
 constant row is exact and never divides by zero. K is stored after RoPE.
 
-The order of the 4-bit codes is the one in which the decode kernel's tensor-core fragments want them:
-each lane reads 16-byte words, and every byte belongs to one token, so appending needs no
+The order of 4-bit and 8-bit codes is the one in which the decode kernel's tensor-core fragments want
+them: each lane reads 16-byte words, and every byte belongs to one token, so appending needs no
 read-modify-write.
 """
 
@@ -169,12 +169,12 @@ def unpack_codes(blocks: Tensor, kv_format: KVFormat, dtype: torch.dtype) -> tup
         shape = (PAGE_TOKENS, kv_format.head_dim)
         keys, values = (half.contiguous().view(kv_format.dtype) for half in (keys, values))
         return keys.to(dtype).unflatten(-1, shape), values.to(dtype).unflatten(-1, shape)
-    if kv_format.bits == 8:
-        keys, values = (half.unflatten(-1, (PAGE_TOKENS, -1)) for half in (keys, values))
-        return keys.to(dtype), values.to(dtype)
-    words = _key_words_by_token(keys.contiguous().view(torch.int32))
-    halves = _value_halves_by_token(values.contiguous().view(torch.int16))
-    return _nibbles(words.view(torch.uint8), dtype), _nibbles(halves.view(torch.uint8), dtype)
+    bits, word = kv_format.bits, _WORD[kv_format.bits]
+    words = _key_words_by_token(keys.contiguous().view(word), bits).view(torch.uint8)
+    pairs = _value_pairs_by_token(values.contiguous().view(torch.int16), bits).view(torch.uint8)
+    if bits == 8:
+        return words.to(dtype), pairs.to(dtype)
+    return _nibbles(words, dtype), _nibbles(pairs, dtype)
 
 
 def _nibbles(packed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,8 +207,8 @@ def _affine(codes: Tensor, scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _CodeLayout:
-    """Byte of each token's codes within its half, i64 [64, bytes], and the channels they hold:
-    those of the low nibbles, then those of the high ones."""
+    """Byte of each token's codes within its half, i64 [64, bytes], and the channels they hold: of
+    4-bit codes those of the low nibbles, then those of the high ones."""
 
     key_bytes: Tensor
     key_channels: Tensor
@@ -219,38 +219,44 @@ class _CodeLayout:
 @lru_cache(maxsize=8)
 def _code_layout(bits: int, head_dim: int) -> _CodeLayout:
     channels = torch.arange(head_dim)
-    if bits != 4:
-        natural = torch.arange(PAGE_TOKENS * head_dim).reshape(PAGE_TOKENS, head_dim)
+    if bits == 16:
+        natural = torch.arange(PAGE_TOKENS * head_dim * 2).reshape(PAGE_TOKENS, -1)
         return _CodeLayout(natural, channels, natural, channels)
-    words = _key_words_by_token(torch.arange(PAGE_TOKENS * head_dim // 8))
-    halves = _value_halves_by_token(torch.arange(PAGE_TOKENS * head_dim // 4))
+    words = _key_words_by_token(torch.arange(PAGE_TOKENS * head_dim // 8), bits)
+    pairs = _value_pairs_by_token(torch.arange(PAGE_TOKENS * head_dim * bits // 16), bits)
     eights = channels.reshape(-1, 8)
+    low_and_high = torch.cat((eights[:, [0, 4, 1, 5]], eights[:, [2, 6, 3, 7]])).flatten()
     return _CodeLayout(
-        key_bytes=(words[..., None] * 4 + torch.arange(4)).flatten(1),
-        key_channels=torch.cat((eights[:, [0, 4, 1, 5]], eights[:, [2, 6, 3, 7]])).flatten(),
-        value_bytes=(halves[..., None] * 2 + torch.arange(2)).flatten(1),
-        value_channels=torch.cat((channels[0::2], channels[1::2])),
+        key_bytes=(words[..., None] * bits + torch.arange(bits)).flatten(1),
+        key_channels=low_and_high if bits == 4 else eights[:, [0, 2, 1, 3, 4, 6, 5, 7]].flatten(),
+        value_bytes=(pairs[..., None] * 2 + torch.arange(2)).flatten(1),
+        value_channels=torch.cat((channels[0::2], channels[1::2])) if bits == 4 else channels,
     )
 
 
-def _key_words_by_token(words: Tensor) -> Tensor:
-    """The K half's 4-byte words [..., 8 D] in memory order, as [..., token, D / 8].
+_WORD = {4: torch.int32, 8: torch.int64}
+"""The integer that holds 8 neighbouring channels of one token's K."""
+
+
+def _key_words_by_token(words: Tensor, bits: int) -> Tensor:
+    """The K half's words of 8 codes [..., 8 D] in memory order, as [..., token, D / 8].
 
     A word holds 8 neighbouring channels of one token. token = 8 g + 2 i1 + i0,
-    word = t * D / 32 + 2 p1 + p0.
+    word = t * D / 32 + p, p = 2 p1 + p0 for 4 bits and p1 for 8.
     """
-    memory = words.unflatten(-1, (4, -1, 8, 4, 2, 2))  # i1, p1, g, t, p0, i0
+    memory = words.unflatten(-1, (4, -1, 8, 4, 8 // bits, 2))  # i1, p1, g, t, p0, i0
     return _reorder(memory, (2, 0, 5, 3, 1, 4))
 
 
-def _value_halves_by_token(halves: Tensor) -> Tensor:
-    """The V half's 2-byte half words [..., 16 D] in memory order, as [..., token, D / 4].
+def _value_pairs_by_token(pairs: Tensor, bits: int) -> Tensor:
+    """The V half's pairs of bytes [...] in memory order, as [..., token, D * bits / 16].
 
-    A half word holds 4 neighbouring channels of one token. token = 16 g1 + 8 g0 + 2 i1 + i0,
-    half word = 16 q1 + 8 q0 + p.
+    A pair holds neighbouring channels of one token: 4 of 4 bits, or 2 of 8 (then two pairs, s = 0
+    and 1, make 4 channels). token = 16 g1 + 8 g0 + 2 i1 + i0, 4 channels = 8 q + p, q = 2 q1 + q0
+    for 4 bits and q1 for 8.
     """
-    memory = halves.unflatten(-1, (4, -1, 8, 4, 2, 2, 2))  # i1, q1, p, g1, q0, i0, g0
-    return _reorder(memory, (3, 6, 0, 5, 1, 4, 2))
+    shape = (4, -1, 8, 4, 8 // bits, 2, bits // 4, 2)  # i1, q1, p, g1, q0, i0, s, g0
+    return _reorder(pairs.unflatten(-1, shape), (3, 7, 0, 5, 1, 4, 2, 6))
 
 
 def _reorder(memory: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,201 @@
+// RoPE, optional Hadamard, quantize and paged write of the new tokens, in one pass: a thread holds
+// channels c..c+7 and D/2 + c..c+7 of one head, so that RoPE needs no exchange. A warp's heads are all
+// of one role (query, key or value).
+#include "half.cuh"
+#include "kv_page.cuh"
+
+constexpr int LANES = HEAD_DIM / 16;  // threads that hold one head
+constexpr int HEADS_PER_WARP = 32 / LANES;
+constexpr int QUERY_WARPS = (QUERY_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
+constexpr int KV_WARPS = (KV_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
+constexpr int TOKEN_WARPS = QUERY_WARPS + 2 * KV_WARPS;
+constexpr int QKV_HEADS = QUERY_HEADS + 2 * KV_HEADS;
+constexpr int HALF_CHUNKS = CHUNKS / 2;
+constexpr float HALF_MAX = 65504.0f;
+
+struct Arguments {
+  const uint16* qkv;
+  const float* rope_table;
+  const int64* positions;
+  const int64* slots;
+  uint8* pool;
+  uint16* q;
+  int tokens;
+};
+
+// One thread's part of a head.
+struct Channels {
+  float first[CHUNK], second[CHUNK];
+
+  template <class Body>
+  __device__ __forceinline__ void each(Body body) {
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) body(first[i]);
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) body(second[i]);
+  }
+};
+
+DEVICE Channels load_channels(const uint16* head, int lane) {
+  Channels x;
+  const uint4* vectors = reinterpret_cast<const uint4*>(head);
+  const uint4 first = vectors[lane], second = vectors[lane + HALF_CHUNKS];
+  unpack_vector<BFLOAT16>(first, x.first);
+  unpack_vector<BFLOAT16>(second, x.second);
+  return x;
+}
+
+template <bool BF16>
+DEVICE void store_channels(uint16* head, int lane, const Channels& x) {
+  uint4* vectors = reinterpret_cast<uint4*>(head);
+  vectors[lane] = pack_vector<BF16>(x.first);
+  vectors[lane + HALF_CHUNKS] = pack_vector<BF16>(x.second);
+}
+
+// Every product and sum is rounded by itself, as the reference's are.
+DEVICE void apply_rope(Channels& x, const float* cos_sin, int lane) {
+  const float4* cosines = reinterpret_cast<const float4*>(cos_sin) + lane * 2;
+  const float4* sines = cosines + HEAD_DIM / 8;
+#pragma unroll
+  for (int part = 0; part < 2; part++) {
+    const float4 c = cosines[part], s = sines[part];
+    const float cosine[4] = {c.x, c.y, c.z, c.w}, sine[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float first = x.first[part * 4 + i], second = x.second[part * 4 + i];
+      x.first[part * 4 + i] = __fsub_rn(__fmul_rn(first, cosine[i]), __fmul_rn(second, sine[i]));
+      x.second[part * 4 + i] = __fadd_rn(__fmul_rn(second, cosine[i]), __fmul_rn(first, sine[i]));
+    }
+  }
+}
+
+DEVICE void butterfly(float& a, float& b) {
+  const float sum = a + b;
+  b = a - b, a = sum;
+}
+
+// The orthonormal Sylvester matrix: one butterfly per bit of the channel's index.
+DEVICE void apply_hadamard(Channels& x, int lane) {
+#pragma unroll
+  for (int bit = 1; bit < CHUNK; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++)
+      if (!(i & bit)) butterfly(x.first[i], x.first[i | bit]), butterfly(x.second[i], x.second[i | bit]);
+#pragma unroll
+  for (int i = 0; i < CHUNK; i++) butterfly(x.first[i], x.second[i]);
+#pragma unroll
+  for (int bit = 1; bit < LANES; bit *= 2)
+    x.each([&](float& value) {
+      const float other = __shfl_xor_sync(FULL_WARP, value, bit);
+      value = lane & bit ? other - value : value + other;
+    });
+  const float norm = HEAD_DIM == 128 ? 0.08838834764831845f : 0.125f;
+  x.each([&](float& value) { value *= norm; });
+}
+
+// How one head of one token is coded: x ~ scale * code + offset.
+struct Grid {
+  float offset, inverse;
+  uint32 scale_and_offset;
+
+  __device__ __forceinline__ uint32 code(float value) const {
+    const float steps = rintf(__fmul_rn(__fsub_rn(value, offset), inverse));
+    return static_cast<uint32>(fminf(fmaxf(steps, 0.0f), (1 << BITS) - 1));
+  }
+};
+
+DEVICE Grid fit_grid(Channels& x) {
+  float low = x.first[0], high = x.first[0];
+  x.each([&](float& value) { low = fminf(low, value), high = fmaxf(high, value); });
+#pragma unroll
+  for (int bit = 1; bit < LANES; bit *= 2) {
+    low = fminf(low, __shfl_xor_sync(FULL_WARP, low, bit));
+    high = fmaxf(high, __shfl_xor_sync(FULL_WARP, high, bit));
+  }
+  const float step = fminf(__fdiv_rn(__fsub_rn(high, low), (1 << BITS) - 1), HALF_MAX);
+  const float offset = fminf(fmaxf(low, -HALF_MAX), HALF_MAX);
+  const uint32 rounded = pack_pair<false>(step, offset);
+  const float2 pair = unpack_pair<false>(rounded);
+  return {pair.y, pair.x > 0.0f ? __frcp_rn(pair.x) : 0.0f, rounded};
+}
+
+// Channels 0..7 of a chunk go to nibbles 0, 4, 1, 5, 2, 6, 3, 7, or to bytes 0, 2, 1, 3, 4, 6, 5, 7:
+// neighbours lie 16 bits apart, where one AND makes a pair of them.
+DEVICE void store_key_chunk(uint8* block, int token, int chunk, const float (&x)[CHUNK],
+                            const Grid& grid) {
+  uint32 words[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < CHUNK; i++) {
+    const int shift = i % 2 * 16 + (BITS == 4 ? i / 2 * 4 : i % 4 / 2 * 8);
+    words[BITS == 4 ? 0 : i / 4] |= grid.code(x[i]) << shift;
+  }
+  uint8* target = block + key_offset(token, chunk);
+  if (BITS == 4)
+    *reinterpret_cast<uint32*>(target) = words[0];
+  else
+    *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+}
+
+DEVICE void store_value_chunk(uint8* block, int token, int chunk, const float (&x)[CHUNK],
+                              const Grid& grid) {
+#pragma unroll
+  for (int first = 0; first < CHUNK; first += QUAD) {
+    uint32 codes = 0;
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) codes |= grid.code(x[first + i]) << i * BITS;
+    uint16* target = reinterpret_cast<uint16*>(block + value_offset(token, (chunk * CHUNK + first) / QUAD));
+    target[0] = codes;
+    if (BITS == 8) target[2] = codes >> 16;
+  }
+}
+
+template <bool KEY>
+DEVICE void store_quantized(uint8* block, int token, int lane, const Channels& x, const Grid& grid) {
+  if (KEY) {
+    store_key_chunk(block, token, lane, x.first, grid);
+    store_key_chunk(block, token, lane + HALF_CHUNKS, x.second, grid);
+  } else {
+    store_value_chunk(block, token, lane, x.first, grid);
+    store_value_chunk(block, token, lane + HALF_CHUNKS, x.second, grid);
+  }
+  if (lane == 0)
+    *reinterpret_cast<uint32*>(block + scale_offset(!KEY, token)) = grid.scale_and_offset;
+}
+
+template <bool KEY>
+DEVICE void append(const Arguments& arguments, int token, int head, int lane, Channels& x) {
+  const int64 slot = arguments.slots[token];
+  const int place = slot % PAGE_TOKENS;
+  uint8* block = arguments.pool + (slot / PAGE_TOKENS * KV_HEADS + head) * BLOCK_BYTES;
+  if constexpr (BITS == 16) {
+    uint8* row = block + (KEY ? key_offset(place, 0) : value_offset(place, 0));
+    if (head < KV_HEADS) store_channels<PAGE_BFLOAT16>(reinterpret_cast<uint16*>(row), lane, x);
+  } else {
+    const Grid grid = fit_grid(x);
+    if (head < KV_HEADS) store_quantized<KEY>(block, place, lane, x, grid);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Arguments arguments) {
+  launch_dependents();
+  const int warp = blockIdx.x * (THREADS / 32) + warp_index();
+  const int token = warp / TOKEN_WARPS, unit = warp % TOKEN_WARPS;
+  if (token >= arguments.tokens) return;
+  const int lane = threadIdx.x % LANES, within = threadIdx.x % 32 / LANES;
+  const int role = unit < QUERY_WARPS ? 0 : unit < QUERY_WARPS + KV_WARPS ? 1 : 2;
+  const int first_warp = role == 0 ? 0 : QUERY_WARPS + (role - 1) * KV_WARPS;
+  const int head = (unit - first_warp) * HEADS_PER_WARP + within;
+  const int heads = role == 0 ? QUERY_HEADS : KV_HEADS;
+  const int first_head = role == 0 ? 0 : QUERY_HEADS + (role - 1) * KV_HEADS;
+  // Surplus lanes of a role's last warp repeat its last head, and store nothing.
+  const int64 row = static_cast<int64>(token) * QKV_HEADS + first_head + min(head, heads - 1);
+  wait_for_predecessor();
+  Channels x = load_channels(arguments.qkv + row * HEAD_DIM, lane);
+  if (role == 2) return append<false>(arguments, token, head, lane, x);
+  apply_rope(x, arguments.rope_table + arguments.positions[token] * HEAD_DIM, lane);
+  if (HADAMARD) apply_hadamard(x, lane);
+  if (role == 1) return append<true>(arguments, token, head, lane, x);
+  if (head >= QUERY_HEADS) return;
+  const int64 query = static_cast<int64>(token) * QUERY_HEADS + head;
+  store_channels<BFLOAT16>(arguments.q + query * HEAD_DIM, lane, x);
+}
