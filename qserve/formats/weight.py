@@ -201,6 +201,9 @@ class W4Weight:
 
     def validate(self, name: str = "weight") -> W4Weight:
         """Return self, or raise FormatError naming the first tensor that does not fit."""
+        for suffix in self.tensors().keys() & {"qweight", "s2_scales"}:
+            if self.tensors()[suffix].dim() != 2 or not self.tensors()[suffix].numel():
+                raise FormatError(f"{name}.{suffix}: not a matrix")
         for suffix, (dtype, shape) in self._expected().items():
             tensor = self.tensors()[suffix]
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:

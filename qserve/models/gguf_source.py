@@ -12,6 +12,7 @@ import gguf
 import numpy
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError, RopeConfig
@@ -88,8 +89,11 @@ class GGUFSource:
             return _halves_from_pairs(tensor, self.config.head_dim)
         return tensor
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path)
+
     def save_tokenizer(self, directory: Path) -> None:
-        load_tokenizer(self.path).save_pretrained(directory)
+        self.tokenizer().save_pretrained(directory)
 
     @cached_property
     def _stored_names(self) -> dict[str, str]:

@@ -17,9 +17,11 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qserve.models.config import ModelConfig, ModelError, token_ids
 from qserve.models.gguf_source import GGUFSource
+from qserve.models.tokenizer import load_tokenizer
 
 SMOLLM2_ALIAS = "smollm2-135m"
 
@@ -53,6 +55,9 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype it is stored in; ModelError if it cannot be read."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; ModelError if there is none."""
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's files into an existing directory."""
@@ -178,6 +183,9 @@ class DirectorySource:
         if name not in self._files:
             raise ModelError(f"{self.directory}: there is no tensor {name}")
         return self._files[name].tensor(name)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.directory)
 
     def save_tokenizer(self, directory: Path) -> None:
         files = [path for pattern in _TOKENIZER_FILES for path in self.directory.glob(pattern)]
