@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError, RopeConfig
 from qserve.models.rope import llama3_multipliers, unscaled_frequencies
-from qserve.models.tokenizer import load_tokenizer
+from qserve.models.tokenizer import load_gguf_tokenizer
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -90,7 +90,8 @@ class GGUFSource:
         return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.path)
+        split = self._optional("tokenizer.ggml.pre", "default")
+        return load_gguf_tokenizer(self.path, split)
 
     def save_tokenizer(self, directory: Path) -> None:
         self.tokenizer().save_pretrained(directory)
