@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qserve.formats.kv import KVFormat
+from qserve.formats.kv import KVFormat, quantize_kv
 from qserve.kernels.attention import paged_attention
 from qserve.kernels.kv_append import apply_hadamard, apply_rope, rope_append
 from qserve.kernels.paged import PagedBatch
@@ -62,6 +62,7 @@ class DenseAttention:
 
     For calibration, and as the oracle of the paged path. rope_table: float32 [P, D].
     hadamard: as in `PagedAttention`; the observer sees q and k rotated.
+    kv_bits: 4 or 8 to read keys and values as pages of so many bits give them back.
     """
 
     config: ModelConfig
@@ -69,6 +70,7 @@ class DenseAttention:
     rope_table: Tensor
     hadamard: bool = False
     observer: Observer | None = None
+    kv_bits: int = 16
 
     def __call__(self, layer_index: int, qkv: Tensor) -> Tensor:
         """qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]."""
@@ -78,12 +80,17 @@ class DenseAttention:
         query, key = self._rotate(query), self._rotate(key)
         if self.observer is not None:
             self.observer(layer_index, query, key, value)
-        return self._attend(query, key, value)
+        return self._attend(query, self._stored(key), self._stored(value))
 
     def _rotate(self, heads: Tensor) -> Tensor:
         rows = self.rope_table[: self.length].repeat(len(heads) // self.length, 1)
         rotated = apply_rope(heads, rows)
         return (apply_hadamard(rotated) if self.hadamard else rotated).to(heads.dtype)
+
+    def _stored(self, heads: Tensor) -> Tensor:
+        if self.kv_bits == 16:
+            return heads
+        return quantize_kv(heads, self.kv_bits).dequantize().to(heads.dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (
