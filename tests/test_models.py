@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,17 +10,22 @@ import torch
 from torch import Tensor
 
 from qserve.formats.kv import KVFormat
-from qserve.formats.weight import W8Weight, fit_grid
+from qserve.formats.weight import fit_grid
 from qserve.kernels.paged import PagedBatch
 from qserve.models.attention import DenseAttention, PagedAttention
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.decoder import Decoder
 from qserve.models.layers import FloatLinear, QuantizedLinear, float_linear
 from qserve.models.loader import load_decoder, load_layer
-from qserve.models.names import linear_shapes
 from qserve.models.rope import rope_table
 from qserve.models.source import open_source
-from qserve.testing.tiny import MemorySource, tiny_config, tiny_hf_model, tiny_source
+from qserve.testing.tiny import (
+    MemorySource,
+    quantized_source,
+    tiny_config,
+    tiny_hf_model,
+    tiny_source,
+)
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -191,28 +195,6 @@ def test_observer_sees_rotated_queries_and_keys() -> None:
     torch.testing.assert_close(key.norm(dim=-1), unrotated.norm(dim=-1))
 
 
-def quantize_tensors(
-    source: MemorySource, choose: Callable[[str], int | None], group_size: int = 64
-) -> MemorySource:
-    """The source with each linear in 4 or 8 bits, or left as it is, as `choose(name)` says."""
-    tensors = dict(source.tensors)
-    for name in source.tensors:
-        linear = name.removesuffix(".weight")
-        bits = (
-            choose(linear) if any(part in name for part in linear_shapes(source.config)) else None
-        )
-        if bits is None or linear == name:
-            continue
-        weight = tensors.pop(name)
-        if bits == 8:
-            packed = W8Weight.quantize(weight).tensors()
-        else:
-            grid = fit_grid(weight, group_size)
-            packed = grid.pack(grid.quantize(weight)).tensors()
-        tensors |= {f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()}
-    return MemorySource(source.hf_config, tensors)
-
-
 def mixed(linear: str) -> int | None:
     """Every precision in one model, q, k and v alike, as gate and up."""
     if "layers.1" in linear:
@@ -225,7 +207,7 @@ def mixed(linear: str) -> int | None:
 @pytest.mark.parametrize("group_size", [-1, 64])
 def test_mixed_precisions_in_one_model(group_size: int) -> None:
     original = tiny_source(tiny_config("Qwen2ForCausalLM"))
-    source = quantize_tensors(original, mixed, group_size)
+    source = quantized_source(original, mixed, group_size)
     decoder = load_decoder(source, torch.float32)
     first = decoder.layers[0]
     assert isinstance(first.output, FloatLinear)
@@ -239,14 +221,14 @@ def test_mixed_precisions_in_one_model(group_size: int) -> None:
 
 
 def test_quantized_logits_do_not_depend_on_chunking() -> None:
-    source = quantize_tensors(tiny_source(), mixed)
+    source = quantized_source(tiny_source(), mixed)
     decoder, tokens = load_decoder(source, torch.float16), random_tokens(2, 70)
     whole = paged_logits(decoder, tokens, [], 4)
     assert torch.equal(paged_logits(decoder, tokens, [1, 33], 4), whole)
 
 
 def test_float_activations_use_the_dequantized_weight() -> None:
-    source = quantize_tensors(tiny_source(), lambda _: 4)
+    source = quantized_source(tiny_source(), lambda _: 4)
     grid = fit_grid(tiny_source().tensors["model.layers.1.mlp.down_proj.weight"], 64)
     weight = tiny_source().tensors["model.layers.1.mlp.down_proj.weight"]
     down = load_decoder(source, torch.float32, activations="float").layers[1].down
@@ -284,6 +266,14 @@ def test_config_reads_both_spellings_of_rope() -> None:
     del new["rope_theta"]
     assert ModelConfig.from_hf(new) == old
     assert old.rope.kind == "llama3" and old.rope.theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [(None, 512), (LLAMA3_ROPE, 512), ({"type": "linear", "factor": 4.0}, 2048)],
+)
+def test_scaling_extends_the_context(scaling: dict[str, Any] | None, positions: int) -> None:
+    assert ModelConfig.from_hf(tiny_config(rope_scaling=scaling)).max_positions == positions
 
 
 def test_config_of_llama_1_has_defaults() -> None:

@@ -145,6 +145,12 @@ class ModelConfig:
         return self
 
     @property
+    def max_positions(self) -> int:
+        """Positions it can be served at: linear and dynamic scaling extend those config.json names."""
+        extends = self.rope.kind in ("linear", "dynamic")
+        return int(self.max_position_embeddings * (self.rope.factor if extends else 1))
+
+    @property
     def query_size(self) -> int:
         """Columns of q in qkv."""
         return self.num_heads * self.head_dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from qserve.formats.weight import QuantizedWeight, W8Weight, fit_grid
 from qserve.models.config import ModelConfig, ModelError
-from qserve.models.names import tensor_shapes
+from qserve.models.names import linear_shapes, tensor_shapes
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -93,6 +94,9 @@ class MemorySource:
             raise ModelError(f"there is no tensor {name}")
         return self.tensors[name]
 
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return tiny_tokenizer()
+
     def save_tokenizer(self, directory: Path) -> None:
         tiny_tokenizer().save_pretrained(directory)
 
@@ -101,6 +105,29 @@ def tiny_source(hf_config: dict[str, Any] | None = None, seed: int = 0) -> Memor
     """A tiny random model in memory."""
     hf_config = hf_config or tiny_config()
     return MemorySource(hf_config, tiny_tensors(hf_config, seed))
+
+
+def quantized_source(
+    source: MemorySource, bits_of: Callable[[str], int | None], group_size: int = 64
+) -> MemorySource:
+    """The source with each linear rounded to 4 or 8 bits, or left as it is, as `bits_of(name)`
+    says."""
+    tensors = dict(source.tensors)
+    parts = tuple(f".{part}.weight" for part in linear_shapes(source.config))
+    for name in filter(lambda name: name.endswith(parts), source.tensors):
+        linear = name.removesuffix(".weight")
+        bits = bits_of(linear)
+        if bits is not None:
+            packed = _round(tensors.pop(name), bits, group_size).tensors()
+            tensors |= {f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()}
+    return MemorySource(source.hf_config, tensors)
+
+
+def _round(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+    if bits == 8:
+        return W8Weight.quantize(weight)
+    grid = fit_grid(weight, group_size)
+    return grid.pack(grid.quantize(weight))
 
 
 def save_tiny_model(
