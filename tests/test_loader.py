@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qserve.formats.weight import W8Weight, fit_grid
+from qserve.formats.layout import unpack_group_scales
+from qserve.formats.weight import FormatError, W8Weight, fit_grid
 from qserve.models.config import ModelError
+from qserve.models.layers import FloatLinear
 from qserve.models.loader import load_decoder
 from qserve.models.names import layer_prefix, layer_shapes, tensor_shapes
 from qserve.models.rope import llama3_multipliers, unscaled_frequencies
 from qserve.models.source import WeightSource, open_source
-from qserve.models.tokenizer import load_tokenizer
+from qserve.models.tokenizer import load_gguf_tokenizer, load_tokenizer
 from qserve.testing.tiny import (
     MemorySource,
     save_tiny_model,
@@ -109,12 +110,6 @@ def truncate(name: str, keep: int) -> Callable[[Path], None]:
     return damage
 
 
-def write_pickle(directory: Path) -> None:
-    """A state dict that would run code."""
-    delete("model.safetensors")(directory)
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Path}))
-
-
 def write_cut_state_dict(directory: Path) -> None:
     delete("model.safetensors")(directory)
     torch.save(tiny_source().tensors, directory / "pytorch_model.bin")
@@ -148,7 +143,6 @@ def write_list(directory: Path) -> None:
         (delete("model.safetensors"), "no .safetensors"),
         (truncate("model.safetensors", 5), "model.safetensors"),
         (truncate("model.safetensors", 5000), "model.safetensors"),
-        (write_pickle, "pytorch_model.bin"),
         (write_cut_state_dict, "pytorch_model.bin"),
         (write_nested_state_dict, "quant_model.pt"),
         (lose_a_shard, "b.safetensors"),
@@ -163,6 +157,24 @@ def test_damaged_directories_are_refused_by_name(
         load_decoder(open_source(str(directory)), torch.float32)
 
 
+class Mischief:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_state_dict_never_runs_code(directory: Path, tmp_path: Path) -> None:
+    delete("model.safetensors")(directory)
+    torch.save({"a": Mischief(tmp_path / "ran")}, directory / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: not a state dict"):
+        open_source(str(directory)).names()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_directory_without_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
     for path in directory.glob("tokenizer*"):
         path.unlink()
@@ -170,6 +182,8 @@ def test_a_directory_without_tokenizer_is_refused(directory: Path, tmp_path: Pat
         open_source(str(directory)).save_tokenizer(tmp_path)
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match="no such directory"):
+        load_tokenizer("someone/some-model")
 
 
 def without(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -212,6 +226,8 @@ def quantized(
         (quantized(DOWN, 4, s1_szeros=torch.zeros(128)), f"{DOWN}.s1_szeros is not part"),
         (quantized(DOWN, 4, s1_scales=torch.ones(64).half()), f"{DOWN}.s1_scales"),
         (quantized(DOWN, 4, qweight=torch.zeros(128, 64).to(torch.int8)), DOWN),
+        (quantized(DOWN, 4, qweight=torch.zeros(128).to(torch.int8)), f"{DOWN}.qweight"),
+        (quantized(DOWN, 4, s2_scales=torch.zeros(0, 128).to(torch.int8)), f"{DOWN}.s2_scales"),
         (quantized(DOWN, 8, dequant_scale=torch.ones(3)), f"{DOWN}.dequant_scale"),
         (quantized("model.layers.0.mlp.up_proj", 4), "layers.0.mlp.up_proj share an input"),
     ],
@@ -225,9 +241,31 @@ def test_unfit_tensors_are_refused_by_name(
         load_decoder(source, torch.float32)
 
 
-def test_other_quantization_methods_are_refused() -> None:
-    source = tiny_source(tiny_config(quantization_config={"quant_method": "awq"}))
-    with pytest.raises(ModelError, match="awq"):
+def test_level_2_scales_are_read_in_either_order() -> None:
+    """DeepCompressor's converter orders each block of 32 rows otherwise."""
+    usual, other = tiny_source(), tiny_source()
+    quantized(DOWN, 4)(usual.tensors)
+    quantized(DOWN, 4)(other.tensors)
+    for suffix in ("s2_scales", "s2_zeros"):
+        natural = unpack_group_scales(usual.tensors[f"{DOWN}.{suffix}"]).T
+        blocks = natural.reshape(-1, 4, 2, 2, 8).swapaxes(3, 4)
+        other.tensors[f"{DOWN}.{suffix}"] = blocks.reshape(natural.shape).contiguous()
+        assert not torch.equal(other.tensors[f"{DOWN}.{suffix}"], usual.tensors[f"{DOWN}.{suffix}"])
+    ours, theirs = (
+        load_decoder(source, torch.float32, activations="float").layers[1].down
+        for source in (usual, other)
+    )
+    assert isinstance(ours, FloatLinear) and isinstance(theirs, FloatLinear)
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "named"),
+    [({"quant_method": "awq"}, "awq"), ({"quant_method": "qoq", "qserve": {"version": 9}}, "9")],
+)
+def test_other_quantizations_are_refused(quantization: dict[str, Any], named: str) -> None:
+    source = tiny_source(tiny_config(quantization_config=quantization))
+    with pytest.raises(FormatError, match=named):
         load_decoder(source, torch.float32)
 
 
@@ -417,6 +455,14 @@ def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_source(), "gemma")
     with pytest.raises(ModelError, match="gemma"):
         open_source(str(path))
+
+
+def test_a_gguf_without_a_known_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama")
+    with pytest.raises(ModelError, match=r"m\.gguf: no tokenizer"):
+        open_source(str(path)).tokenizer()
+    with pytest.raises(ModelError, match="unheard"):
+        load_gguf_tokenizer(path, "unheard")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -4096])

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qserve.formats.checkpoint import QuantizationConfig
 from qserve.formats.weight import FormatError, QuantizedWeight, W4Weight, W8Weight
 from qserve.kernels.gemm import prepare_weight
 from qserve.models import names
@@ -30,8 +31,9 @@ def load_decoder(
     device: torch.device | str = "cpu",
     activations: Activations = "int8",
 ) -> Decoder:
-    """The whole model; ModelError names what is missing, extra or does not fit."""
-    _check_method(source)
+    """The whole model; ModelError or FormatError names what is missing, extra or does not fit."""
+    if source.quantization is not None:
+        QuantizationConfig.from_json(source.quantization)
     check_names(source)
     config = source.config
     reader = _Reader.of(source, dtype, device, activations)
@@ -50,12 +52,6 @@ def load_layer(
 ) -> DecoderLayer:
     """One layer, for who wants to hold one at a time."""
     return _Reader.of(source, dtype, device, activations).layer(index)
-
-
-def _check_method(source: WeightSource) -> None:
-    method = (source.quantization or {}).get("quant_method", "qoq")
-    if method != "qoq":
-        raise ModelError(f"quant_method {method!r} is not supported, only 'qoq' is")
 
 
 def check_names(source: WeightSource) -> None:
