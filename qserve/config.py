@@ -18,9 +18,8 @@ class EngineConfig:
     max_num_sequences: sequences that decode together at most.
     max_batched_tokens: tokens computed per step at most, decodes and prefill chunks together.
     max_model_len: tokens of prompt and output together at most; None takes the model's own limit.
-    kv_bits: bits per element of the key-value cache: 4, 8 or 16 (unquantized).
-    kv_hadamard: rotate each head's queries and keys after RoPE, so that few-bit keys lose less; the
-        scores are the same but for rounding.
+    kv_bits: bits per element of the key-value cache, 4, 8 or 16; None is what the checkpoint says,
+        or 16 for a model that is not quantized.
     num_pages: pages of the cache, 64 tokens each; None takes what the memory holds and the limits
         above can use.
     gpu_memory_utilization: share of the device's free memory that the cache may take (of the
@@ -33,8 +32,7 @@ class EngineConfig:
     max_num_sequences: int = 64
     max_batched_tokens: int = 1024
     max_model_len: int | None = None
-    kv_bits: int = 4
-    kv_hadamard: bool = False
+    kv_bits: int | None = None
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -49,7 +47,7 @@ class EngineConfig:
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_sequences "
                 f"{self.max_num_sequences}: every running sequence needs one token a step"
             )
-        if self.kv_bits not in (4, 8, 16):
+        if self.kv_bits not in (None, 4, 8, 16):
             raise ConfigError(f"kv_bits must be 4, 8 or 16, got {self.kv_bits!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
@@ -57,6 +55,24 @@ class EngineConfig:
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where the server listens and how much it takes on.
+
+    port: 0 is any free one. max_requests: prompts held at a time, running and waiting together;
+        more are refused until some are finished.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_requests: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must lie in [0, 65535], got {self.port!r}")
+        _check_positive("max_requests", self.max_requests, optional=False)
 
 
 def _check_positive(name: str, value: object, optional: bool) -> None:

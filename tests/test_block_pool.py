@@ -87,8 +87,10 @@ def test_tokens_with_colliding_hashes_are_told_apart() -> None:
     pool = BlockPool(4, PAGE_SIZE)
     alias = 2**61 - 1  # Python hashes integers modulo this prime
     assert hash((0,) * PAGE_SIZE) == hash((alias,) * PAGE_SIZE)
-    publish_all(pool, [0] * PAGE_SIZE, 1)
+    publish_all(pool, [0] * PAGE_SIZE + [1] * PAGE_SIZE, 2)
     assert matched_pages(pool, [alias] * PAGE_SIZE) == []
+    other = publish_all(pool, [alias] * PAGE_SIZE, 1)
+    assert matched_pages(pool, [alias] * PAGE_SIZE + [1] * PAGE_SIZE) == other
 
 
 def test_least_recently_used_is_evicted_first_and_ends_before_beginnings() -> None:

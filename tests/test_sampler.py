@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qserve.engine.logprobs import token_logprobs
 from qserve.engine.request import RequestError, SamplingParams
-from qserve.engine.sampler import sample, uniform
+from qserve.engine.sampler import _keep_top, sample, uniform
 from qserve.engine.sequence import Sequence, sequence_seed
 
 VOCAB = 24
@@ -24,6 +24,11 @@ def make_row(
     row = Sequence("r", 0, params, list(prompt), seed, 10**6, frozenset({3, 5}))
     row.token_ids += output
     return row
+
+
+def reseeded(row: Sequence, seed: int) -> Sequence:
+    prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
+    return make_row(row.params, prompt, output, seed)
 
 
 def sample_alone(logits: list[float], row: Sequence) -> int:
@@ -108,8 +113,9 @@ all_rows = st.builds(make_row, all_params, tokens, tokens, st.integers(0, 2**63 
 @settings(max_examples=300, deadline=None)
 @given(rows=st.lists(all_rows, min_size=1, max_size=6), noise=st.integers(0, 10**6))
 def test_each_row_of_a_mixed_batch_equals_the_oracle(rows: list[Sequence], noise: int) -> None:
+    rows = [reseeded(row, seed) for row in rows for seed in (row.seed, 1, 2, 3, 4)]
     generator = torch.Generator().manual_seed(noise)
-    logits = 3 * torch.randn(len(rows), VOCAB, generator=generator)
+    logits = 2 * torch.randn(len(rows), VOCAB, generator=generator) - 1
     expected = [oracle_sample(x, row) for x, row in zip(logits.tolist(), rows, strict=True)]
     before = logits.clone()
     assert sample(logits, rows).tolist() == expected
@@ -160,6 +166,20 @@ def test_noise_is_splitmix64_in_wrapping_arithmetic(seed: int, position: int) ->
     noise = uniform(torch.tensor([seed]), torch.tensor([position])).item()
     assert noise == oracle_uniform(seed, position)
     assert 0 <= noise < 1
+
+
+def test_zero_noise_takes_the_first_token_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "qserve.engine.sampler.uniform", lambda seeds, positions: torch.zeros(len(seeds)).double()
+    )
+    logits = [-math.inf, -math.inf, 0.0, 1.0]
+    assert sample_alone(logits, make_row(SamplingParams(), [1], [])) == 2
+
+
+def test_top_k_alone_keeps_the_rarest_of_its_tokens() -> None:
+    logits = torch.tensor([[0.0, -60.0, -80.0, -90.0]])
+    kept = _keep_top(logits, [make_row(SamplingParams(top_k=3), [1], [])])
+    assert kept.isfinite().tolist() == [[True, True, True, False]]
 
 
 def test_ties_at_the_border_of_top_k_go_to_the_lower_token() -> None:

@@ -46,6 +46,7 @@ class Device:
 
     def run(self, plan: StepPlan) -> list[int]:
         for chunk in plan.chunks:
+            assert chunk.start + chunk.length < chunk.sequence.max_length
             text = self.texts.setdefault(chunk.sequence, list(chunk.sequence.token_ids))
             for position in range(chunk.start, chunk.start + chunk.length):
                 self.slots[self.slot(chunk.sequence, position)] = tuple(text[: position + 1])
@@ -210,6 +211,15 @@ def test_the_last_prompt_token_is_computed_even_if_all_pages_are_cached() -> Non
         scheduler.commit(plan := scheduler.schedule(), device.run(plan))
         assert (plan.chunks[0].start, plan.chunks[0].length) == expected
         assert sequence.finish_reason is FinishReason.LENGTH
+
+
+def test_a_finished_text_loses_its_end_before_its_beginning() -> None:
+    scheduler, device = make_scheduler(num_pages=3), Device()
+    for prompt, cached in (([1] * 9, 0), ([2] * 7, 0), ([1] * 9, 4)):
+        scheduler.add(sequence := make_sequence(scheduler, prompt, 1))
+        while sequence.status is not SequenceStatus.FINISHED:
+            scheduler.commit(plan := scheduler.schedule(), device.run(plan))
+        assert sequence.num_cached_tokens == cached
 
 
 def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -29,11 +28,14 @@ from qserve.engine.runner import ModelRunner
 from qserve.engine.sampler import sample
 from qserve.engine.scheduler import Scheduler, StepPlan
 from qserve.engine.sequence import Sequence, sequence_seed
+from qserve.formats.checkpoint import QuantizationConfig
 from qserve.formats.layout import PAGE_TOKENS
 from qserve.models.decoder import Decoder
-from qserve.models.loader import load_decoder
-from qserve.models.source import WeightSource, open_source
-from qserve.models.tokenizer import load_tokenizer
+from qserve.models.loader import Activations, load_decoder
+from qserve.models.source import open_source
+
+UNQUANTIZED = QuantizationConfig(activation_bits=16, kv_bits=16)
+"""How a model is served whose config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,23 @@ class EngineStats:
 
 
 class Engine:
-    """Serves requests on one decoder with a paged cache. Not thread-safe: one thread owns it."""
+    """Serves requests on one decoder with a paged cache. Not thread-safe: one thread owns it.
+
+    quantization: what the checkpoint says of its cache; by default, that it is not quantized.
+    """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, config: EngineConfig
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EngineConfig,
+        quantization: QuantizationConfig = UNQUANTIZED,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.model = decoder.config
-        self.max_model_len = _max_model_len(config, self.model.max_position_embeddings)
-        self.kv_format = kv_format_of(decoder, config.kv_bits)
+        self.max_model_len = _max_model_len(config, self.model.max_positions)
+        self.kv_format = kv_format_of(decoder, config.kv_bits or quantization.kv_bits)
         page_bytes = self.model.num_layers * self.kv_format.page_bytes
         num_pages = choose_num_pages(config, page_bytes, self.max_model_len, decoder.device)
         self._pool = BlockPool(num_pages, PAGE_TOKENS)
@@ -72,7 +81,7 @@ class Engine:
             config.enable_prefix_caching,
         )
         self._runner = ModelRunner(
-            decoder, self.kv_format, num_pages, self.max_model_len, config.kv_hadamard
+            decoder, self.kv_format, num_pages, self.max_model_len, quantization.k_hadamard
         )
         self._requests: dict[str, RequestState] = {}
         self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
@@ -86,7 +95,12 @@ class Engine:
         source = open_source(str(model))
         device = _resolve_device(config.device)
         dtype = _resolve_dtype(config.dtype, source.config.dtype, device)
-        return cls(load_decoder(source, dtype, device), _load_tokenizer(source), config)
+        quantization = UNQUANTIZED
+        if source.quantization is not None:
+            quantization = QuantizationConfig.from_json(source.quantization)
+        activations: Activations = "int8" if quantization.activation_bits == 8 else "float"
+        decoder = load_decoder(source, dtype, device, activations)
+        return cls(decoder, source.tokenizer(), config, quantization)
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise RequestError, naming what is wrong, if the request could never be served."""
@@ -97,7 +111,7 @@ class Engine:
             ("logit_bias", params.logit_bias),
         ):
             _check_token_ids(name, token_ids, self.model.vocab_size)
-        for name in ("top_k", "logprobs", "prompt_logprobs"):
+        for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.model.vocab_size:
                 raise RequestError(
                     f"{name} {getattr(params, name)} exceeds the vocabulary of "
@@ -244,9 +258,3 @@ def _resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torc
         return torch.float32 if device.type == "cpu" else stored
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _load_tokenizer(source: WeightSource) -> PreTrainedTokenizerBase:
-    with TemporaryDirectory() as directory:
-        source.save_tokenizer(Path(directory))
-        return load_tokenizer(directory)

@@ -46,7 +46,10 @@ class Scheduler:
     """Continuous batching: every step mixes all running decodes with chunks of prompts.
 
     First come, first served: the pages for all of a prompt are taken on admission, and no one is
-    admitted past one who waits. When a running sequence finds no page for its next token, the
+    admitted past one who waits, nor while a prompt is still cut by the budget. So at most one
+    prompt
+    is unfinished at a time, it is the last of those that run, and no decode ever waits for it. When
+    a running sequence finds no page for its next token, the
     latest
     arrival gives up its pages and recomputes them later, so the earliest always advances: no one
     starves, and nothing deadlocks, since every sequence admitted fits the cache when it is alone.
@@ -94,12 +97,11 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step, as if every step planned before it had run."""
         chunks: list[ScheduledChunk] = []
-        preempted = self._grow_running()
         budget = self._max_batched_tokens
-        decodes_first = sorted(self._running, key=lambda s: s.num_uncomputed_tokens > 1)
-        for sequence in decodes_first:
+        self._grow_running()
+        for sequence in self._running:
             budget -= self._plan_chunk(sequence, budget, chunks)
-        while budget > 0 and not preempted and self._admit_next():
+        while budget > 0 and self._admit_next():
             budget -= self._plan_chunk(self._running[-1], budget, chunks)
         return StepPlan(tuple(chunks))
 
@@ -137,16 +139,14 @@ class Scheduler:
             self._publish(sequence)
         return length
 
-    def _grow_running(self) -> bool:
-        """Give running sequences pages for their next token; return whether any was preempted."""
-        before = self.num_preemptions
+    def _grow_running(self) -> None:
+        """Give running sequences pages for their next token, at the cost of the latest arrivals."""
         for sequence in tuple(self._running):
             while sequence.status is SequenceStatus.RUNNING and self._num_missing_pages(sequence):
                 if self._pool.num_free:
                     sequence.pages.append(self._pool.allocate())
                 else:
                     self._preempt_latest()
-        return self.num_preemptions > before
 
     def _num_missing_pages(self, sequence: Sequence) -> int:
         return self._pool.pages_for(sequence.num_tokens_to_hold) - len(sequence.pages)

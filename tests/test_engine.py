@@ -1,0 +1,347 @@
+"""The engine's tokens equal those of naive generation, whatever else runs; and no page is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qserve import LLM, SamplingParams
+from qserve.config import ConfigError, EngineConfig
+from qserve.engine.engine import Engine
+from qserve.engine.kv_cache import kv_format_of
+from qserve.engine.llm import Completion
+from qserve.engine.request import FinishReason, RequestError
+from qserve.models.decoder import Decoder
+from qserve.models.loader import load_decoder
+from qserve.testing.naive import naive_generate
+from qserve.testing.tiny import (
+    quantized_source,
+    save_tiny_model,
+    tiny_config,
+    tiny_source,
+    tiny_tokenizer,
+)
+
+MAX_TOKENS = 10
+TOKENIZER = tiny_tokenizer()
+SHARED = [(7 * i) % 300 for i in range(130)]
+PROMPTS = (
+    [5],
+    SHARED[:40],
+    SHARED[:64],
+    SHARED[:65],
+    SHARED[:130],
+    [*SHARED[:70], *range(50, 60)],
+)
+PARAMS = (
+    SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True),
+    SamplingParams(max_tokens=MAX_TOKENS, temperature=0, repetition_penalty=1.5),
+    SamplingParams(max_tokens=MAX_TOKENS, seed=11),
+    SamplingParams(
+        max_tokens=MAX_TOKENS, seed=12, temperature=0.8, top_k=40, top_p=0.9, min_p=0.01
+    ),
+    SamplingParams(
+        max_tokens=MAX_TOKENS,
+        seed=13,
+        presence_penalty=0.5,
+        frequency_penalty=0.5,
+        min_tokens=4,
+        stop_token_ids=tuple(range(3, 320, 4)),
+    ),
+)
+
+
+@cache
+def tiny_decoder() -> Decoder:
+    source = quantized_source(tiny_source(tiny_config()), lambda linear: 4)
+    return load_decoder(source, torch.float32)
+
+
+@cache
+def expected_tokens(prompt: int, params: int, kv_bits: int = 4, index: int = 0) -> list[int]:
+    kv_format = kv_format_of(tiny_decoder(), kv_bits)
+    return naive_generate(tiny_decoder(), PROMPTS[prompt], PARAMS[params], kv_format, index)
+
+
+def make_engine(**settings: Any) -> Engine:
+    defaults = {"max_num_sequences": 4, "max_batched_tokens": 64, "num_pages": 16, "kv_bits": 4}
+    return Engine(tiny_decoder(), TOKENIZER, EngineConfig(**(defaults | settings)))
+
+
+def collect(engine: Engine, results: dict[str, dict[int, Completion]]) -> None:
+    for output in engine.step():
+        for part in output.outputs:
+            results.setdefault(output.request_id, {}).setdefault(part.index, Completion()).extend(
+                part
+            )
+    engine.check_integrity()
+
+
+def run_all(engine: Engine) -> dict[str, dict[int, Completion]]:
+    results: dict[str, dict[int, Completion]] = {}
+    while engine.has_unfinished:
+        collect(engine, results)
+    assert engine.stats.pages_used == engine.stats.running == engine.stats.waiting == 0
+    return results
+
+
+def run_one(engine: Engine, prompt: list[int], params: SamplingParams) -> Completion:
+    engine.add_request("only", prompt, params)
+    return run_all(engine)["only"][0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=7
+    ),
+    aborts=st.dictionaries(st.integers(0, 20), st.integers(0, 6), max_size=3),
+    max_num_sequences=st.integers(1, 5),
+    extra_budget=st.integers(0, 200),
+    num_pages=st.integers(3, 12),
+    prefix_caching=st.booleans(),
+)
+def test_tokens_equal_naive_generation_in_any_schedule(
+    requests: list[tuple[int, int, int]],
+    aborts: dict[int, int],
+    max_num_sequences: int,
+    extra_budget: int,
+    num_pages: int,
+    prefix_caching: bool,
+) -> None:
+    """requests: (prompt, params, step of arrival). aborts: step -> request."""
+    engine = make_engine(
+        max_num_sequences=max_num_sequences,
+        max_batched_tokens=max_num_sequences + extra_budget,
+        num_pages=num_pages,
+        enable_prefix_caching=prefix_caching,
+    )
+    results: dict[str, dict[int, Completion]] = {}
+    for step in range(max(*aborts, 12, 12) + 1):
+        for number, (prompt, params, arrival) in enumerate(requests):
+            if arrival == step:
+                engine.add_request(str(number), PROMPTS[prompt], PARAMS[params])
+        engine.abort(str(aborts.get(step)))
+        collect(engine, results)
+    while engine.has_unfinished:
+        collect(engine, results)
+    assert engine.stats.pages_used == 0
+    for number, (prompt, params, _) in enumerate(requests):
+        expected = expected_tokens(prompt, params)
+        completion = results.get(str(number), {}).get(0, Completion())
+        aborted = number in aborts.values() and completion.finish_reason is None
+        assert completion.token_ids == (
+            expected[: len(completion.token_ids)] if aborted else expected
+        )
+
+
+def test_tokens_do_not_depend_on_the_chunk_size() -> None:
+    params = replace(PARAMS[2], max_tokens=3)
+    for max_batched_tokens in [*range(1, 67), 128, 1000]:
+        engine = make_engine(max_num_sequences=1, max_batched_tokens=max_batched_tokens)
+        completion = run_one(engine, PROMPTS[3], params)
+        assert completion.token_ids == expected_tokens(3, 2)[:3], max_batched_tokens
+
+
+@pytest.mark.parametrize("kv_bits", [4, 8, 16])
+def test_tokens_survive_preemption_in_every_cache_format(kv_bits: int) -> None:
+    engine = make_engine(
+        kv_bits=kv_bits, num_pages=4, max_batched_tokens=256, enable_prefix_caching=False
+    )
+    choices = [(2, 0), (2, 2), (2, 3), (1, 1)]
+    for number, (prompt, params) in enumerate(choices):
+        engine.add_request(str(number), PROMPTS[prompt], PARAMS[params])
+    results = run_all(engine)
+    assert engine.stats.preemptions > 0
+    for number, (prompt, params) in enumerate(choices):
+        assert results[str(number)][0].token_ids == expected_tokens(prompt, params, kv_bits)
+
+
+def test_a_prefix_hit_changes_what_is_computed_but_not_the_tokens() -> None:
+    engine = make_engine()
+    cached = []
+    for number, prompt in enumerate((4, 4, 5, 3, 2)):
+        engine.add_request(str(number), PROMPTS[prompt], PARAMS[3])
+        tokens, request_cached = [], 0
+        while engine.has_unfinished:
+            for output in engine.step():
+                tokens += output.outputs[0].token_ids
+                request_cached = output.cached_tokens
+        cached.append(request_cached)
+        assert tokens == expected_tokens(prompt, 3)
+    assert cached == [0, 128, 64, 64, 0]
+    assert engine.stats.cached_tokens == 256
+
+
+def test_sequences_of_one_request_share_its_prompt_and_draw_from_their_own_streams() -> None:
+    engine = make_engine(max_batched_tokens=512)
+    engine.add_request("n", PROMPTS[4], replace(PARAMS[2], n=4))
+    results: dict[str, dict[int, Completion]] = {}
+    collect(engine, results)
+    assert engine.stats.pages_used == 2 + 4
+    while engine.has_unfinished:
+        collect(engine, results)
+    tokens = [results["n"][index].token_ids for index in range(4)]
+    assert tokens == [expected_tokens(4, 2, 4, index) for index in range(4)]
+    assert len(set(map(tuple, tokens))) == 4
+
+
+@pytest.mark.parametrize("max_batched_tokens", [4, 7, 64])
+def test_prompt_logprobs_are_what_each_prefix_would_predict(max_batched_tokens: int) -> None:
+    prompt, vocab_size = PROMPTS[1][:18], tiny_decoder().config.vocab_size
+    engine = make_engine(max_batched_tokens=max_batched_tokens)
+    run_one(engine, prompt, PARAMS[0])  # cached pages must not swallow positions
+    params = SamplingParams(max_tokens=2, prompt_logprobs=3, temperature=0, ignore_eos=True)
+    engine.add_request("p", prompt, params)
+    scores = []
+    while engine.has_unfinished:
+        scores += [output.prompt_logprobs for output in engine.step()]
+    assert scores[1] is None
+    assert scores[0] is not None and len(scores[0]) == len(prompt) and scores[0][0] is None
+    for position, score in enumerate(scores[0][1:], start=1):
+        params = SamplingParams(max_tokens=1, temperature=0, logprobs=vocab_size)
+        (predicted,) = run_one(make_engine(), prompt[:position], params).logprobs or ()
+        assert score is not None and score.token_id == prompt[position]
+        assert score.logprob == dict(predicted.top)[prompt[position]]
+        assert score.top == predicted.top[:3]
+
+
+def test_stop_strings_end_the_text_before_them() -> None:
+    text = TOKENIZER.decode(expected_tokens(1, 0), skip_special_tokens=True)
+    stop = text[3:5]
+    completion = run_one(make_engine(), PROMPTS[1], replace(PARAMS[0], stop=("never", stop)))
+    assert completion.text == text[: text.index(stop)]
+    assert (completion.finish_reason, completion.stop_reason) == (FinishReason.STOP, stop)
+
+
+def test_a_stop_token_ends_the_sequence_and_is_not_text() -> None:
+    tokens = expected_tokens(1, 0)
+    stop = next(token for token in tokens[2:] if token not in tokens[:2])
+    params = replace(PARAMS[0], stop_token_ids=(stop,), logprobs=1)
+    completion = run_one(make_engine(), PROMPTS[1], params)
+    cut = tokens.index(stop)
+    assert completion.token_ids == tokens[: cut + 1]
+    assert completion.text == TOKENIZER.decode(tokens[:cut], skip_special_tokens=True)
+    assert (completion.finish_reason, completion.stop_reason) == (FinishReason.STOP, stop)
+    assert [score.token_id for score in completion.logprobs or ()] == tokens[: cut + 1]
+
+
+def test_length_ends_the_sequence_with_its_whole_text() -> None:
+    completion = run_one(make_engine(), PROMPTS[1], PARAMS[0])
+    assert completion.finish_reason is FinishReason.LENGTH
+    assert completion.text == TOKENIZER.decode(completion.token_ids, skip_special_tokens=True)
+    endless = replace(PARAMS[0], max_tokens=None)
+    limited = run_one(make_engine(max_model_len=50), PROMPTS[1], endless)
+    assert len(limited.token_ids) == 50 - len(PROMPTS[1])
+    full = run_one(make_engine(num_pages=1), PROMPTS[1], endless)
+    assert len(full.token_ids) == 65 - len(PROMPTS[1])
+
+
+def test_what_cannot_be_served_is_refused_and_disturbs_nothing() -> None:
+    engine = make_engine(num_pages=2)
+    engine.add_request("good", PROMPTS[1], PARAMS[2])
+    engine.step()
+    for request_id, prompt, params, message in (
+        ("good", PROMPTS[0], PARAMS[0], "'good' is in use"),
+        ("bad", [], PARAMS[0], "empty"),
+        ("bad", [1] * 200, PARAMS[0], "200 tokens"),
+        ("bad", [320], PARAMS[0], "prompt holds 320"),
+        ("bad", ["a"], PARAMS[0], "prompt holds 'a'"),
+        ("bad", [1], SamplingParams(logit_bias={999: 1.0}), "logit_bias holds 999"),
+        ("bad", [1], SamplingParams(stop_token_ids=(320,)), "stop_token_ids holds 320"),
+        ("bad", [1], SamplingParams(logprobs=321), "logprobs 321"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            engine.add_request(request_id, prompt, params)  # type: ignore[arg-type]
+    tokens = expected_tokens(1, 2)
+    assert run_all(engine)["good"][0].token_ids == tokens[1:]
+
+
+def test_a_failed_step_drops_what_it_touched_and_the_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(max_batched_tokens=512)
+    engine.add_request("lost", PROMPTS[4], PARAMS[0])
+
+    def fail(batch: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    assert not engine.has_unfinished and engine.stats.pages_used == 0
+    assert run_one(engine, PROMPTS[4], PARAMS[0]).token_ids == expected_tokens(4, 0)
+    assert engine.stats.cached_tokens == 0
+
+
+def test_the_cache_fits_the_memory_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    page_bytes = 2 * kv_format_of(tiny_decoder(), 4).page_bytes
+    monkeypatch.setattr("qserve.engine.kv_cache.free_bytes", lambda device: 10 * page_bytes)
+    engine = make_engine(num_pages=None, gpu_memory_utilization=0.75)
+    assert engine.stats.pages_total == 7
+    assert make_engine(num_pages=None, max_num_sequences=1, max_model_len=65).stats.pages_total == 2
+    with pytest.raises(ConfigError, match="a page of the cache takes"):
+        make_engine(num_pages=None, gpu_memory_utilization=0.05)
+    with pytest.raises(ConfigError, match="max_model_len 1000"):
+        make_engine(max_model_len=1000)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    path: Path = save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    yield LLM(path, max_num_sequences=3, max_batched_tokens=32, kv_bits=8)
+
+
+def test_llm_generates_in_the_order_of_the_prompts(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=5, seed=3, n=2)
+    together = llm.generate(["one", "two", "three"], params)
+    apart = [llm.generate(prompt, params)[0] for prompt in ("one", "two", "three")]
+    ids = TOKENIZER.encode("two")
+    assert [g.completions for g in together] == [g.completions for g in apart]
+    assert [len(g.completions) for g in together] == [2, 2, 2]
+    assert llm.generate(ids, params)[0].completions == together[1].completions
+    assert llm.generate([ids, ids], params)[1].text == together[1].text
+    assert llm.generate([]) == []
+
+
+def test_llm_chats(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0)
+    chat = [{"role": "user", "content": "Hi"}]
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    (answer,) = llm.chat(chat, params)
+    assert TOKENIZER.decode(answer.prompt_token_ids) == prompt
+    assert answer.text == llm.generate(prompt, params)[0].text
+    assert [g.text for g in llm.chat([chat, chat], params)] == [answer.text] * 2
+
+
+def test_llm_refuses_all_prompts_if_one_is_bad(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate([[1, 2], []])
+    assert not llm.engine.has_unfinished
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_bits": 5},
+        {"num_pages": 0},
+        {"max_batched_tokens": 3},
+        {"gpu_memory_utilization": 1.5},
+        {"dtype": "float64"},
+        {"max_model_len": "long"},
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_one_error_that_names_it(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        EngineConfig(**settings)
