@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from qserve import __version__
+import qserve
 from qserve.engine.request import RequestOutput
 from qserve.server.answer import Answer, ChatAnswer, CompletionAnswer, Span
 from qserve.server.async_engine import (
@@ -50,7 +50,7 @@ def create_app(engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, model_na
         yield
         await engine.stop()
 
-    app = FastAPI(title="QServe", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="QServe", version=qserve.__version__, lifespan=lifespan)
     install_error_handlers(app)
     service = _Service(engine, TextCodec(tokenizer), model_name)
     generates: dict[str, Any] = {"methods": ["POST"], "responses": error_answers(400, 404, 429)}

@@ -1,0 +1,131 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import qserve
+from qserve.cli.model import display_name, load_engine
+
+app = typer.Typer(
+    help="W4A8KV4 quantization and serving of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(help="Measure a model.", no_args_is_help=True)
+app.add_typer(evaluate, name="evaluate")
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A directory, a hub id, a .gguf file or smollm2-135m.", show_default=False),
+]
+Precision = Annotated[
+    Literal["fp16", "bf16", "fp32"] | None,
+    typer.Option(help="Run an unquantized model as it is, instead of quantizing it."),
+]
+KVBits = Annotated[
+    Literal["4", "8", "16"] | None,
+    typer.Option("--kv", help="Bits of the KV cache, instead of the checkpoint's own."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qserve {qserve.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the tokens reproducible.")] = None,
+    precision: Precision = None,
+    kv: KVBits = None,
+) -> None:
+    """Continue a text, on stdout."""
+    from qserve.engine.request import SamplingParams
+    from qserve.engine.text import encode
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    engine = load_engine(model, precision, _bits(kv))
+    engine.add_request("0", encode(engine.tokenizer, prompt), params)
+    while engine.has_unfinished:
+        for output in engine.step():
+            print(output.outputs[0].text, end="", flush=True)
+    print()
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    precision: Precision = None,
+    kv: KVBits = None,
+) -> None:
+    """Serve a model over the OpenAI API until interrupted."""
+    from qserve.cli.serving import bound_socket, run_server
+    from qserve.config import ServerConfig
+
+    config = ServerConfig(host, port)
+    with bound_socket(config) as listener:
+        engine = load_engine(model, precision, _bits(kv))
+        run_server(engine, display_name(model), listener, config)
+
+
+@evaluate.command()
+def perplexity(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A file of UTF-8 text.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    max_windows: Annotated[int | None, typer.Option(help="Windows at most.", min=1)] = None,
+    kv: KVBits = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity of a model, quantized or not, on the code path that serves it."""
+    content = _read_text(text)
+    from qserve.engine.llm import LLM
+    from qserve.evaluation.perplexity import measure_perplexity
+
+    llm = LLM(model, kv_bits=_bits(kv))
+    result = measure_perplexity(llm, content, seq_len, max_windows, progress=not as_json)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} "
+            f"windows, {result.seconds:.1f} s"
+        )
+
+
+def _bits(kv: str | None) -> int | None:
+    return None if kv is None else int(kv)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error

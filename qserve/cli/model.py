@@ -1,0 +1,84 @@
+"""From the MODEL a user names to an engine, by way of a quantized copy where one is wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from qserve.config import ConfigError, EngineConfig
+
+if TYPE_CHECKING:
+    from qserve.engine.engine import Engine
+    from qserve.models.source import WeightSource
+
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+def load_engine(model: str, precision: str | None, kv_bits: int | None) -> Engine:
+    """The engine for a checkpoint as it is, or for an unquantized model.
+
+    The latter runs in `precision` if one is given; else it is quantized, once, into the cache.
+    """
+    from qserve.engine.engine import Engine
+    from qserve.models.source import open_source
+
+    source = open_source(model)
+    if precision is None:
+        quantized = model if source.quantization else str(quantized_copy(model, source))
+        return Engine.load(quantized, EngineConfig(kv_bits=kv_bits))
+    if source.quantization:
+        raise ConfigError(f"--precision is for unquantized models, and {model} is quantized")
+    return Engine.load(model, EngineConfig(kv_bits=kv_bits, dtype=PRECISIONS[precision]))
+
+
+def quantized_copy(model: str, source: WeightSource) -> Path:
+    """A checkpoint of the model in the cache, made now if there is none; says which it is."""
+    directory = cache_directory() / f"{display_name(model)}-{_fingerprint(source)}"
+    if directory.is_dir():
+        console.print(f"{model} is not quantized; using its quantized copy in {directory}")
+        return directory
+    console.print(f"{model} is not quantized; quantizing it once into {directory}")
+    quantize_model(source, directory)
+    return directory
+
+
+def cache_directory() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "qserve"
+
+
+def display_name(model: str) -> str:
+    """A short name of a MODEL: what clients ask for, and part of file names."""
+    return Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+
+
+def _fingerprint(source: WeightSource) -> str:
+    """Changes with any of the model's files, as far as their names, sizes and times tell."""
+    digest = hashlib.sha256()
+    for path in _files(source):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _files(source: WeightSource) -> Iterator[Path]:
+    from qserve.models.gguf_source import GGUFSource
+    from qserve.models.source import DirectorySource
+
+    if isinstance(source, GGUFSource):
+        yield source.path
+    if isinstance(source, DirectorySource):
+        yield from sorted(path for path in source.directory.iterdir() if path.is_file())
+
+
+def quantize_model(source: WeightSource, directory: Path) -> None:
+    from qserve.quant.pipeline import quantize
+
+    quantize(source, directory)
