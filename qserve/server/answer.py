@@ -188,8 +188,11 @@ class CompletionAnswer(Answer):
         )
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        chosen = (entry.token_id, entry.logprob)
-        return {self._codec.spell(token)[0]: value for token, value in (*entry.top, chosen)}
+        """By spelling; of tokens spelled alike (parts of characters), the likeliest."""
+        top: dict[str, float] = {}
+        for token, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            top.setdefault(self._codec.spell(token)[0], logprob)
+        return top
 
 
 class ChatAnswer(Answer):

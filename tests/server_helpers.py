@@ -1,0 +1,81 @@
+"""A server with an engine that repeats prompts, and what tests ask of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+from transformers import PreTrainedTokenizerFast
+
+from qserve.server.app import create_app
+from qserve.server.async_engine import AsyncEngine, ServedEngine
+from qserve.testing.http import serve_in_thread
+from qserve.testing.stub_engine import StubEngine
+from qserve.testing.tiny import tiny_tokenizer
+
+MILLION = 10**6
+HELLO = [{"role": "user", "content": "hello"}]
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/chat/completions": {"messages": HELLO},
+}
+
+
+@contextmanager
+def serving(engine: ServedEngine, max_requests: int = 100) -> Iterator[httpx.Client]:
+    """A client of a server for the engine, known as the model "stub"."""
+    app = create_app(AsyncEngine(engine, max_requests), engine.tokenizer, "stub")
+    with serve_in_thread(app) as url, httpx.Client(base_url=url, timeout=30) as http:
+        yield http
+
+
+def stub_engine(tokenizer: PreTrainedTokenizerFast | None = None, **arguments: Any) -> StubEngine:
+    return StubEngine(tokenizer or tiny_tokenizer(), **arguments)
+
+
+def slow_engine(**arguments: Any) -> StubEngine:
+    """One that never comes to an end by itself."""
+    return stub_engine(step_seconds=0.002, max_model_len=64 * MILLION, **arguments)
+
+
+def openai_client(http: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=str(http.base_url.join("/v1")), api_key="none", max_retries=0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    """The sum of a metric over its labels."""
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a response that must have this status and OpenAI's shape."""
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@contextmanager
+def endless_stream(http: httpx.Client) -> Iterator[Iterator[str]]:
+    """A stream that runs until its context is left, which drops the connection."""
+    body = {"prompt": "hello", "max_tokens": MILLION, "stream": True}
+    with (
+        httpx.Client(base_url=http.base_url) as other,
+        other.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        next(lines)
+        yield lines

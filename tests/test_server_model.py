@@ -1,0 +1,121 @@
+"""The server with a real engine: its answers are those of the offline API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from server_helpers import HELLO, MILLION, openai_client, refusal, serving, wait_until
+
+from qserve.engine.llm import LLM
+from qserve.engine.request import SamplingParams
+from qserve.testing.tiny import save_tiny_model
+
+PROMPT = "It was a dark and stormy night; "
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def offline(directory: Path) -> LLM:
+    return LLM(directory, max_num_sequences=8)
+
+
+@pytest.fixture(scope="module")
+def online(directory: Path) -> Iterator[tuple[httpx.Client, LLM]]:
+    llm = LLM(directory, max_num_sequences=8)
+    with serving(llm.engine) as http:
+        yield http, llm
+        wait_until(lambda: not llm.engine.has_unfinished)
+    llm.engine.check_integrity()
+
+
+@pytest.fixture
+def client(online: tuple[httpx.Client, LLM]) -> openai.OpenAI:
+    return openai_client(online[0])
+
+
+def test_completion(client: openai.OpenAI, offline: LLM) -> None:
+    expected = offline.generate(PROMPT, SamplingParams(max_tokens=40, temperature=0))[0].text
+    arguments = {"model": "stub", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    assert client.completions.create(**arguments).choices[0].text == expected
+    parts = list(client.completions.create(**arguments, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == expected
+
+
+def test_chat(client: openai.OpenAI, offline: LLM) -> None:
+    expected = offline.chat(HELLO, SamplingParams(max_tokens=30, temperature=0))[0].text
+    answer = client.chat.completions.create(
+        model="stub", messages=HELLO, max_tokens=30, temperature=0
+    )
+    assert answer.choices[0].message.content == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string(client: openai.OpenAI, offline: LLM, stream: bool) -> None:
+    text = offline.generate(PROMPT, SamplingParams(max_tokens=40, temperature=0))[0].text
+    stop = text[12:15]
+    arguments = {"model": "stub", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    answer = client.completions.create(**arguments, stop=[stop], stream=stream)
+    choices = [part.choices[0] for part in answer] if stream else answer.choices
+    assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
+    assert choices[-1].finish_reason == "stop" and choices[-1].stop_reason == stop
+
+
+def test_seeded_choices_differ_among_themselves_and_come_again(
+    client: openai.OpenAI, offline: LLM
+) -> None:
+    params = SamplingParams(max_tokens=20, temperature=1.5, seed=7, n=3)
+    expected = [c.text for c in offline.generate(PROMPT, params)[0].completions]
+    assert len(set(expected)) == 3
+    for _ in range(2):
+        answer = client.completions.create(
+            model="stub", prompt=PROMPT, max_tokens=20, temperature=1.5, seed=7, n=3
+        )
+        assert [choice.text for choice in answer.choices] == expected
+
+
+def test_logprobs(client: openai.OpenAI, offline: LLM) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0, logprobs=3, prompt_logprobs=3)
+    generation = offline.generate(PROMPT, params)[0]
+    answer = client.completions.create(
+        model="stub", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3, echo=True
+    )
+    scores = answer.choices[0].logprobs
+    entries = [*generation.prompt_logprobs[1:], *generation.completions[0].logprobs]
+    expected = [None, *(entry.logprob for entry in entries)]
+    assert scores.token_logprobs == pytest.approx(expected)
+    assert answer.choices[0].text.startswith(PROMPT)
+    likeliest = [entry.top[0][1] for entry in entries]
+    assert [max(top.values()) for top in scores.top_logprobs[1:]] == pytest.approx(likeliest)
+
+
+def test_usage_counts_what_the_prefix_cache_gave(client: openai.OpenAI) -> None:
+    prompt = "once upon a time " * 12
+    usages = [
+        client.completions.create(model="stub", prompt=prompt, max_tokens=2).usage for _ in "ab"
+    ]
+    assert [usage.prompt_tokens for usage in usages] == [len(prompt)] * 2
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in usages]
+    assert cached == [0, len(prompt) // 64 * 64]
+
+
+def test_token_out_of_the_vocabulary(online: tuple[httpx.Client, LLM]) -> None:
+    error = refusal(online[0].post("/v1/completions", json={"prompt": [5, 10**6]}), 400)
+    assert error["param"] == "prompt" and "1000000" in error["message"]
+
+
+def test_disconnect_in_mid_stream_frees_pages(online: tuple[httpx.Client, LLM]) -> None:
+    http, llm = online
+    body = {"prompt": PROMPT, "max_tokens": MILLION, "stream": True, "ignore_eos": True, "n": 4}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert llm.engine.stats.pages_used > 0
+    wait_until(lambda: not llm.engine.has_unfinished)
+    assert llm.engine.stats.pages_used == 0
