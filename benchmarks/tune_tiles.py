@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from qserve.benchmark.workloads import FAMILIES, activation, cuda_weights
-from qserve.kernels.gemm_cuda import CudaWeight, gemm_kernel
+from qserve.kernels.gemm_cuda import CudaWeight
+from qserve.kernels.gemm_variants import gemm_kernel
 from qserve.kernels.jit import warm_up
 from qserve.kernels.tiles import Problem, Tile, microseconds, tiles_for
 from qserve.testing.timing import time_interleaved
@@ -25,7 +26,7 @@ TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def candidates(problem: Problem, weight: CudaWeight) -> list[Tile]:
     """Tiles not hopelessly slower than the model's favourite."""
-    scored = [(microseconds(t, problem, weight.device), t) for t in tiles_for("sm_90a")]
+    scored = [(microseconds(t, problem, weight.device), t) for t in tiles_for(weight.device.arch)]
     best = min(score for score, _ in scored)
     return [tile for score, tile in sorted(scored, key=lambda s: s[0]) if score < 2 * best][:14]
 

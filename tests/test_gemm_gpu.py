@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -12,14 +14,23 @@ from qserve.formats.weight import ChannelGrid, W4Weight, fit_grid
 from qserve.kernels import OpError, prepare_weight, quantized_linear
 from qserve.kernels.gemm import ExactFloatWeight
 from qserve.kernels.gemm_cuda import CudaWeight
+from qserve.kernels.gemm_variants import Policy, gemm_kernel
+from qserve.kernels.jit import warm_up
 from qserve.kernels.tiles import Tile, tiles_for
 
 pytestmark = pytest.mark.gpu
 
-ALL_TILES = tiles_for("sm_90a") if torch.cuda.is_available() else ()
+ALL_TILES = tiles_for("sm_90a") + tiles_for("sm_80")
 WEIGHT_FORMATS = ("channel", "fractional", "group64", "group128")
 LAYER_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 SMOLLM2_SHAPES = [(960, 576), (192, 576), (576, 576), (3072, 576), (576, 1536)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_in_parallel() -> None:
+    policies = (Policy(-1), Policy(-1, True), Policy(64), Policy(128))
+    variants = itertools.product(ALL_TILES, policies, (False, True))
+    warm_up([gemm_kernel(*variant) for variant in variants], torch.device("cuda"))
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +56,12 @@ def make_weight(weight_format: str, rows: int, columns: int) -> W4Weight:
     return packed
 
 
+@cache
+def prepared_weight(weight_format: str, rows: int, columns: int) -> tuple[W4Weight, CudaWeight]:
+    weight = make_weight(weight_format, rows, columns)
+    return weight, CudaWeight.prepare(weight, torch.device("cuda"))
+
+
 def make_activation(tokens: int, columns: int) -> QuantizedActivation:
     return quantize_activation(torch.randn(tokens, columns, device="cuda") * 3)
 
@@ -67,8 +84,7 @@ def test_every_tile_gives_the_reference_bits(tile: Tile, weight_format: str) -> 
     for rows, columns in ((64, 64), (192, 576), (576, 1536), (1088, 128), (320, 4224)):
         if not group_size_fits(weight_format, columns):
             continue
-        weight = make_weight(weight_format, rows, columns)
-        prepared = CudaWeight.prepare(weight, torch.device("cuda"))
+        weight, prepared = prepared_weight(weight_format, rows, columns)
         for index, tokens in enumerate((1, 17, tile.tokens, 2 * tile.tokens + 37)):
             dtype = dtypes[index % 2]
             x, bias = make_activation(tokens, columns), torch.randn(rows, device="cuda")
@@ -86,8 +102,7 @@ def test_layers_of_real_models(shape: tuple[int, int], weight_format: str) -> No
     rows, columns = shape
     if not group_size_fits(weight_format, columns):
         pytest.skip("128 does not divide K")
-    weight = make_weight(weight_format, rows, columns)
-    prepared = prepare_weight(weight, "cuda")
+    weight, prepared = prepared_weight(weight_format, rows, columns)
     for tokens in (1, 2, 16, 33, 64, 127, 128, 255, 512, 1023, 2048):
         x = make_activation(tokens, columns)
         bias = torch.randn(rows, device="cuda").bfloat16()
@@ -101,8 +116,7 @@ def test_layers_of_real_models(shape: tuple[int, int], weight_format: str) -> No
 @pytest.mark.parametrize("tile", [t for t in ALL_TILES if t.kind == "large"], ids=str)
 def test_many_waves_and_split_tails(tile: Tile) -> None:
     """Grids larger than the GPU, and last waves of every fullness."""
-    weight = make_weight("group128", 4480, 1920)
-    prepared = CudaWeight.prepare(weight, torch.device("cuda"))
+    weight, prepared = prepared_weight("group128", 4480, 1920)
     for tokens in (129, 700, 1025, 1900, 3001):
         x = make_activation(tokens, 1920)
         out = prepared.apply_tile(x, None, torch.float16, tile)

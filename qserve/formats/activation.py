@@ -35,10 +35,11 @@ def quantize_activation(x: Tensor) -> QuantizedActivation:
     """
     values = x.to(torch.float32)
     amax = values.abs().amax(dim=-1)
-    inverse = torch.where(amax > 0, ACTIVATION_MAX / amax, torch.zeros_like(amax))
+    limit = torch.full_like(amax, ACTIVATION_MAX)  # torch divides by a number as it likes
+    inverse = torch.where(amax > 0, limit / amax, torch.zeros_like(amax))
     codes = torch.round(values * inverse[:, None]).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
     return QuantizedActivation(
         codes=codes.to(torch.int8),
-        scale=amax / ACTIVATION_MAX,
+        scale=amax / limit,
         row_sum=codes.sum(dim=-1, dtype=torch.float64).to(torch.int32),
     )

@@ -17,63 +17,20 @@ from qserve.formats import layout
 from qserve.formats.activation import QuantizedActivation
 from qserve.formats.weight import QuantizedWeight, W4Weight
 from qserve.kernels import jit
+from qserve.kernels.gemm_variants import BLOCK, SLAB_ROWS, Policy, gemm_kernel
 from qserve.kernels.jit import Kernel
 from qserve.kernels.op import OpError
-from qserve.kernels.tiles import Device, Problem, Tile, choose, tiles_for
-from qserve.kernels.wgmma import wgmma_source
+from qserve.kernels.tiles import Device, Problem, Tile, choose
 
-BLOCK = 128
-"""Rows and columns of a packed block; smaller remainders are padded with zeros."""
-
-SLAB_ROWS = 64
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory one block may have on Hopper."""
-
-SHARED_HALF = 112 * 1024
-"""... when two blocks are to fit on a multiprocessor."""
-
-REGISTERS = 65536
 MAX_COLUMNS = 65536
 """Up to here no sum of 8-bit products leaves int32."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How packed codes become what the tensor cores multiply.
-
-    group_size: 64 | 128, or -1 for per-channel codes, whose zero points the epilogue takes off, in
-    float64 where they are fractional.
-    """
-
-    group_size: int
-    fractional_zeros: bool = False
-
-    @property
-    def per_channel(self) -> bool:
-        """Whether codes are multiplied as they are."""
-        return self.group_size == -1
-
-    @property
-    def slab_bytes(self) -> int:
-        """Bytes of 64 rows x 128 columns with their level-2 scales."""
-        groups = 0 if self.per_channel else BLOCK // self.group_size
-        return SLAB_ROWS * BLOCK // 2 + groups * SLAB_ROWS * 2
-
-    def constants(self, offset: int) -> dict[str, int]:
-        """For the kernels; offset: what is added to every dequantized weight, 0 or 128."""
-        return {
-            "PER_CHANNEL": self.per_channel,
-            "GROUP_SIZE": BLOCK if self.per_channel else self.group_size,
-            "WEIGHT_OFFSET": 0 if self.per_channel else offset,
-            "FRACTIONAL_ZEROS": self.fractional_zeros,
-        }
 
 
 @dataclass(frozen=True)
 class CudaWeight:
     """A 4-bit weight on a GPU.
 
-    packed: uint8, blocks of 128 x 128 (see csrc/weight_sm90.cuh). scale, zero: float32 [N padded].
+    packed: uint8, blocks of 128 x 128 (see csrc/weight.cuh). scale, zero: float32 [N padded].
     """
 
     packed: Tensor
@@ -109,9 +66,7 @@ class CudaWeight:
         """[M, N] in `out_dtype`, float16 or bfloat16."""
         rows, columns = self.shape
         problem = Problem(x.codes.shape[0], rows, columns, not self.policy.per_channel)
-        return self.apply_tile(
-            x, bias, out_dtype, choose(problem, self.device, tiles_for("sm_90a"))
-        )
+        return self.apply_tile(x, bias, out_dtype, choose(problem, self.device))
 
     def apply_tile(
         self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype, tile: Tile
@@ -132,11 +87,8 @@ class CudaWeight:
         """The fields of `Operands` in csrc/epilogue.cuh."""
         bias_is_float = bias is not None and bias.dtype == torch.float32
         pointers = (self.packed, self.scale, self.zero, bias, x.scale, x.row_sum)
-        sizes = (x.codes.shape[0], self.shape[0], -(-self.shape[1] // BLOCK))
+        sizes = (x.codes.shape[0], *self.shape, -(-self.shape[1] // BLOCK))
         return (*pointers, *sizes, int(bias_is_float))
-
-
-OPERANDS = "6P4i"
 
 
 def pack_blocks(weight: W4Weight) -> Tensor:
@@ -175,69 +127,6 @@ def _pad_blocks(codes: Tensor) -> Tensor:
 
 def _pad_rows(values: Tensor) -> Tensor:
     return pad(values, (0, -len(values) % BLOCK)).contiguous()
-
-
-@cache
-def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool) -> Kernel:
-    """The variant for a tile, a weight format and an output type."""
-    return _VARIANTS[tile.kind](tile, policy, {"OUTPUT_BFLOAT16": bfloat16})
-
-
-def _large_variant(tile: Tile, policy: Policy, constants: dict[str, int]) -> Kernel:
-    # Unsigned weights save an instruction, signed ones power, of which large tiles run out first.
-    offset = 128 if tile.tokens == 128 else 0
-    staging = 2 * 3 * 64 * SLAB_ROWS * 2
-    fixed = 1024 + staging + 2 * tile.tokens * 8
-    stage = tile.tokens * BLOCK + tile.rows // SLAB_ROWS * policy.slab_bytes + 16
-    stages = (SHARED_LIMIT - fixed) // stage
-    return _wgmma_variant(
-        "large", tile, policy, constants, offset, stages, fixed + stages * stage, 384
-    )
-
-
-def _small_variant(tile: Tile, policy: Policy, constants: dict[str, int]) -> Kernel:
-    threads = tile.rows // SLAB_ROWS * tile.interleave * 128 + 64
-    stage = tile.tokens * BLOCK + tile.rows // SLAB_ROWS * policy.slab_bytes + 16
-    stages = min(16, (SHARED_HALF - 1024) // stage // tile.interleave * tile.interleave)
-    sums = tile.interleave * tile.tokens * (tile.rows + 4) * 4 + 16 * stages
-    blocks = 2 if REGISTERS // (2 * threads) >= 66 + tile.tokens // 2 else 1
-    shared = 1024 + max(stages * stage, sums)
-    constants = {"INTERLEAVE": tile.interleave, "BLOCKS_PER_SM": blocks, **constants}
-    return _wgmma_variant("small", tile, policy, constants, 128, stages, shared, threads)
-
-
-def _wgmma_variant(
-    name: str,
-    tile: Tile,
-    policy: Policy,
-    constants: dict[str, int],
-    offset: int,
-    stages: int,
-    shared_bytes: int,
-    threads: int,
-) -> Kernel:
-    values = policy.constants(offset)
-    maps = {"large": "128s 128s", "small": "128s"}[name]
-    last = {"large": "i", "small": "P"}[name]
-    return Kernel(
-        f"w4a8_gemm_{name}_sm90.cu",
-        f"w4a8_gemm_{name}",
-        parameters=f"{maps} {OPERANDS} {last}",
-        threads=threads,
-        shared_bytes=shared_bytes,
-        cluster=tile.cluster,
-        overlap=True,
-        generated=wgmma_source(tile.tokens, "u8" if values["WEIGHT_OFFSET"] else "s8"),
-        constants={
-            "ROWS": tile.rows,
-            "TOKENS": tile.tokens,
-            "CLUSTER": tile.cluster,
-            "STAGES": stages,
-            "SHARED_BYTES": shared_bytes,
-            **constants,
-            **values,
-        },
-    )
 
 
 def _launch_large(
@@ -281,14 +170,26 @@ def _launch_small(
     kernel(out.device, grid, (token_map, *weight.operands(x, bias), out))
 
 
-_VARIANTS = {"large": _large_variant, "small": _small_variant}
-_LAUNCHERS = {"large": _launch_large, "small": _launch_small}
+def _launch_portable(
+    kernel: Kernel,
+    tile: Tile,
+    weight: CudaWeight,
+    x: QuantizedActivation,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    grid = (-(-len(out) // tile.tokens), -(-weight.shape[0] // tile.rows))
+    kernel(out.device, grid, (x.codes, *weight.operands(x, bias), out))
+
+
+_LAUNCHERS = {"large": _launch_large, "small": _launch_small, "portable": _launch_portable}
 
 
 @cache
 def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, properties.multi_processor_count)
+    arch = jit.device_arch(device.index)
+    return Device(properties.name, arch, properties.multi_processor_count)
 
 
 def _require_contiguous(**tensors: Tensor | None) -> None:

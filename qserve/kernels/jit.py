@@ -216,6 +216,7 @@ def warm_up(kernels: Iterable[Kernel], device: torch.device) -> None:
 
 def build_all(kernels: Iterable[Kernel], arch: str) -> list[Build]:
     """Compile variants in parallel; the compiler runs outside Python's lock."""
+    _compiler_version()  # imports what the threads need, once
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda kernel: build(kernel, arch), kernels))
 

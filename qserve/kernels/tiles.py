@@ -46,6 +46,7 @@ class Device:
     """What the cost model knows of a GPU: multiprocessors, GHz, memory bandwidth in GB/s."""
 
     name: str
+    arch: str
     multiprocessors: int
     clock: float = 1.7
     bandwidth: float = 3500.0
@@ -73,14 +74,27 @@ SMALL_TILES = tuple(
 ) + tuple(Tile("small", 128, 128, cluster) for cluster in (1, 2, 4))
 
 
+PORTABLE_TILES = (
+    Tile("portable", 128, 128),
+    Tile("portable", 128, 64),
+    Tile("portable", 64, 64, interleave=2),
+    Tile("portable", 64, 32, interleave=2),
+    Tile("portable", 32, 32, interleave=4),
+    Tile("portable", 64, 16, interleave=2),
+    Tile("portable", 32, 16, interleave=4),
+)
+
+
 def tiles_for(arch: str) -> tuple[Tile, ...]:
-    """The tiles that run on an architecture."""
-    return SMALL_TILES + LARGE_TILES
+    """The tiles to choose from on an architecture."""
+    return SMALL_TILES + LARGE_TILES if arch == "sm_90a" else PORTABLE_TILES
 
 
-def choose(problem: Problem, device: Device, candidates: tuple[Tile, ...]) -> Tile:
+@cache
+def choose(problem: Problem, device: Device) -> Tile:
     """The tile of least expected time."""
     measured = _measured_tile(problem, device)
+    candidates = tiles_for(device.arch)
     if measured is not None and measured in candidates:
         return measured
     return min(candidates, key=lambda tile: microseconds(tile, problem, device))
@@ -98,9 +112,10 @@ def _busiest(tile: Tile, problem: Problem, device: Device) -> float:
     steps = -(-problem.columns // 128)
     if tile.kind == "small":
         blocks, steps = blocks * tile.cluster, -(-steps // tile.cluster)
-    waves = -(-blocks // device.multiprocessors)
-    if tile.kind == "large" and tile.cluster == 2 and 2 * (blocks % 132) <= 132:
-        waves -= 0.5 if blocks % device.multiprocessors else 0.0
+    waves: float = -(-blocks // device.multiprocessors)
+    left = blocks % device.multiprocessors
+    if tile.kind == "large" and tile.cluster == 2 and 0 < 2 * left <= device.multiprocessors:
+        waves -= 0.5  # the last wave's tiles are split along K
     cycles = waves * (steps * _step_cycles(tile, problem) + _tile_cycles(tile))
     return cycles / device.clock * 1e-3
 
@@ -112,6 +127,8 @@ def _step_cycles(tile: Tile, problem: Problem) -> float:
     unpack = slabs * (130 if problem.dequantized else 70)
     if tile.kind == "large":
         return max(multiply / 0.9, unpack + 0.4 * multiply)
+    if tile.kind == "portable":
+        multiply *= 2  # mma.sync has half of wgmma's rate
     latency = 500 / tile.interleave
     return max(multiply + 0.5 * unpack, unpack, latency)
 

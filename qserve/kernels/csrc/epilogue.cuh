@@ -10,7 +10,7 @@ struct Operands {
   const void* bias;       // of the output's type, or float; may be null
   const float* token_scale;
   const int* token_sum;
-  int tokens, rows, k_blocks, bias_is_float;
+  int tokens, rows, columns, k_blocks, bias_is_float;
 };
 
 struct Row {

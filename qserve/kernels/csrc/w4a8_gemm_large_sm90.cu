@@ -6,8 +6,7 @@
 // Tiles that would leave the last wave more than half empty are split along K instead, over the two
 // blocks of a cluster, which add their exact integer sums.
 #include "epilogue.cuh"
-#include "ring_sm90.cuh"
-#include "weight_sm90.cuh"
+#include "pipeline_sm90.cuh"
 
 constexpr int SLABS = ROWS / 128;                // slabs of each consuming warpgroup
 constexpr int HALVES = SLABS == 1 ? 2 : 1;       // halves of a stage in one group of multiplies
@@ -151,8 +150,8 @@ DEVICE void accumulate(int (&accumulator)[SLABS][TOKENS / 2], const Shared& shar
     shared.barriers.wait_full(ring);
 #pragma unroll
     for (int slab = 0; slab < SLABS; slab++)
-      packed[slab].load(
-          shared.weights + (ring.stage * 2 * SLABS + first_slab + slab) * SLAB_BYTES, half);
+      load_fragment(packed[slab],
+                    shared.weights + (ring.stage * 2 * SLABS + first_slab + slab) * SLAB_BYTES, half);
   };
   auto step = [&](uint32(&operand)[SLABS][8 * HALVES], int half) {
 #pragma unroll

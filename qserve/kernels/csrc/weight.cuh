@@ -1,9 +1,9 @@
-// Packed weights as an operand of wgmma. The problem is transposed: weight rows are wgmma's M = 64,
-// tokens its N, so that a small batch wastes nothing.
+// Packed weights as an operand of the tensor cores. The problem is transposed: weight rows are the
+// multiply's M, tokens its N, so that a small batch wastes little.
 //
-// A slab holds 64 rows x 128 columns of codes: for each half of 64 columns every thread of a
-// warpgroup has 16 consecutive bytes, the fragments of two multiplies (low nibbles the first, high
-// the second). Per-group weights follow with one word per row pair (g, g + 8) and group:
+// A slab holds 64 rows x 128 columns of codes: for each half of 64 columns every thread of four warps
+// (16 rows each) has 16 consecutive bytes, the fragments of two multiplies 32 columns deep (low
+// nibbles the first, high the second), for wgmma and mma.sync alike. Per-group weights follow with one word per row pair (g, g + 8) and group:
 // {scale, offset} of row g, {scale, offset} of row g + 8, where offset = 128 + s2_zero as a byte.
 #pragma once
 #include "ptx.cuh"
@@ -21,20 +21,22 @@ DEVICE const uint8* slab_address(const uint8* weight, int slab, int block, int b
   return weight + ((static_cast<int64>(slab / 2) * blocks + block) * 2 + slab % 2) * SLAB_BYTES;
 }
 
-// One thread's share of HALVES x 64 columns of a slab, still packed.
+// One thread's share of HALVES x 64 columns of 16 rows, still packed.
 template <int HALVES>
 struct PackedFragment {
   uint4 codes[HALVES];
   uint32 scales[HALVES];
 
-  __device__ __forceinline__ void load(uint32 slab, int first_half) {
-    const int thread = threadIdx.x % 128, row_pair = thread / 32 * 8 + thread % 32 / 4;
+  // codes: where this thread's first 16 bytes lie; the next half's are `stride` on.
+  // scales: the word of this thread's row pair in the first group; unused per channel.
+  __device__ __forceinline__ void load(uint32 code_address, uint32 stride, uint32 scale_address,
+                                       uint32 scale_stride, int first_half) {
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
-      codes[half] = load_shared_16(slab + (first_half + half) * HALF_BYTES + thread * 16);
+      codes[half] = load_shared_16(code_address + (first_half + half) * stride);
       const int group = GROUPS == 2 ? first_half + half : 0;
       if (GROUPS == 2 || (GROUPS == 1 && half == 0))
-        scales[half] = load_shared_4(slab + CODE_BYTES + group * GROUP_BYTES + row_pair * 4);
+        scales[half] = load_shared_4(scale_address + group * scale_stride);
       else
         scales[half] = scales[0];
     }
@@ -66,29 +68,4 @@ DEVICE void dequantize(const PackedFragment<HALVES>& packed, uint32 (&operand)[8
       operand[half * 8 + 4 + i] = dequantize_word(high, scale[i % 2], offsets[i % 2]);
     }
   }
-}
-
-// Opens a batch of multiplies. The empty statement keeps the compiler from computing an operand
-// after the fence, which would make it serialise them.
-template <int SLABS, int WORDS>
-DEVICE void open_multiplies(uint32 (&operand)[SLABS][WORDS]) {
-#pragma unroll
-  for (int slab = 0; slab < SLABS; slab++)
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) asm volatile("" : "+r"(operand[slab][i])::"memory");
-  wgmma_fence();
-}
-
-// accumulator[slab] (+)= operand[slab] x the tokens at `tokens`, as one group in flight.
-template <int SLABS, int WORDS>
-DEVICE void multiply(int (&accumulator)[SLABS][TOKENS / 2], uint32 (&operand)[SLABS][WORDS],
-                     uint64 tokens, bool accumulate) {
-  open_multiplies(operand);
-#pragma unroll
-  for (int i = 0; i < WORDS; i += 4)
-#pragma unroll
-    for (int slab = 0; slab < SLABS; slab++)
-      wgmma(accumulator[slab], operand[slab][i], operand[slab][i + 1], operand[slab][i + 2],
-            operand[slab][i + 3], tokens + i / 2, accumulate || i > 0);
-  wgmma_commit();
 }
