@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qserve.engine.logprobs import token_logprobs
 from qserve.engine.request import RequestError, SamplingParams
-from qserve.engine.sampler import _keep_top, sample, uniform
+from qserve.engine.sampler import sample, uniform
 from qserve.engine.sequence import Sequence, sequence_seed
 
 VOCAB = 24
@@ -52,18 +52,21 @@ def oracle_distribution(logits: list[float], row: Sequence) -> dict[int, float]:
     """Probability of each token that may be sampled, from the definitions of the parameters."""
     params, adjusted = row.params, oracle_logits(logits, row)
     best = max(adjusted)
-    weights = {t: math.exp((x - best) / params.temperature) for t, x in enumerate(adjusted)}
-    ranked = sorted(weights, key=lambda token: (-weights[token], token))
-    ranked = ranked[: params.top_k or None]
-    total = sum(weights[token] for token in ranked)
-    kept, mass = [], 0.0
-    for token in ranked:
-        if mass < params.top_p or params.top_p == 1:
-            kept.append(token)
-        mass += weights[token] / total
-    kept = [token for token in kept if weights[token] >= params.min_p * weights[ranked[0]]]
-    total = sum(weights[token] for token in kept)
-    return {token: weights[token] / total for token in kept if weights[token] > 0}
+    weights = [math.exp((x - best) / params.temperature) for x in adjusted]
+    if params.top_k:
+        weights = at_least(weights, sorted(weights, reverse=True)[: params.top_k][-1])
+    if params.top_p < 1:
+        nucleus = params.top_p * sum(weights)
+        ranked = sorted(weights, reverse=True)
+        sizes = range(1, len(ranked) + 1)
+        size = next(size for size in sizes if sum(ranked[:size]) >= nucleus)
+        weights = at_least(weights, ranked[size - 1])
+    weights = at_least(weights, params.min_p * max(weights))
+    return {token: x / sum(weights) for token, x in enumerate(weights) if x > 1e-9}
+
+
+def at_least(weights: list[float], bound: float) -> list[float]:
+    return [weight if weight >= bound else 0.0 for weight in weights]
 
 
 def oracle_logits(logits: list[float], row: Sequence) -> list[float]:
@@ -176,17 +179,12 @@ def test_zero_noise_takes_the_first_token_that_is_possible(monkeypatch: pytest.M
     assert sample_alone(logits, make_row(SamplingParams(), [1], [])) == 2
 
 
-def test_top_k_alone_keeps_the_rarest_of_its_tokens() -> None:
-    logits = torch.tensor([[0.0, -60.0, -80.0, -90.0]])
-    kept = _keep_top(logits, [make_row(SamplingParams(top_k=3), [1], [])])
-    assert kept.isfinite().tolist() == [[True, True, True, False]]
-
-
-def test_ties_at_the_border_of_top_k_go_to_the_lower_token() -> None:
-    params = SamplingParams(top_k=2)
+@pytest.mark.parametrize("changes", [{"top_k": 2}, {"top_p": 0.3}, {"min_p": 1.0}], ids=str)
+def test_equals_at_the_border_of_a_filter_all_stay(changes: dict[str, float]) -> None:
+    params = SamplingParams(**changes)  # type: ignore[arg-type]
+    logits = torch.tensor([[1.0, 0.0, 1.0, 1.0]]).expand(200, -1)
     rows = [make_row(params, [1], [], seed) for seed in range(200)]
-    logits = torch.zeros(200, VOCAB)
-    assert set(sample(logits, rows).tolist()) == {0, 1}
+    assert set(sample(logits, rows).tolist()) == {0, 2, 3}
 
 
 def test_a_tiny_temperature_is_greedy_and_a_large_bias_decides() -> None:

@@ -19,6 +19,8 @@ from qserve.engine.sequence import Sequence
 
 Rows = list[Sequence]
 
+SHARE_BITS = 32
+
 _GOLDEN_RATIO = -0x61C8864680B583EB  # odd, and its multiples spread evenly over 64 bits
 
 
@@ -38,17 +40,17 @@ def sample(logits: Tensor, rows: Rows) -> Tensor:
 
 def _on_rows(
     default: Tensor,
-    logits: Tensor,
+    values: Tensor,
     rows: Rows,
     applies: Callable[[Sequence], bool],
     transform: Callable[[Tensor, Rows], Tensor],
 ) -> Tensor:
-    """`default` [B, ...], with transform(logits, rows) in place of the rows to which it applies."""
+    """`default` [B, ...], with transform(values, rows) in place of the rows to which it applies."""
     selected = [index for index, row in enumerate(rows) if applies(row)]
     if not selected:
         return default
-    index = to_device(selected, logits.device)
-    changed = transform(logits[index], [rows[i] for i in selected])
+    index = to_device(selected, values.device)
+    changed = transform(values[index], [rows[i] for i in selected])
     return default.index_copy(0, index, changed)
 
 
@@ -97,42 +99,52 @@ def _bar_end_tokens(logits: Tensor, rows: Rows) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Rows) -> Tensor:
-    """Sample by inverting the cumulative distribution, in float64 so that no token's share is
-    lost."""
+    """Draw from what the filters leave, by inverting the cumulative distribution.
+
+    Probabilities become integers, in units of 2^-32: their sums do not depend on the order in which
+    a device adds them, and so neither do the filters' borders nor the tokens.
+    """
     temperature = _column([row.params.temperature for row in rows], logits)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    logits = _on_rows(logits, logits, rows, _has_top_filter, _keep_top)
-    logits = _on_rows(logits, logits, rows, lambda row: row.params.min_p > 0, _keep_min_p)
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    logits = _on_rows(logits, logits, rows, lambda row: row.params.top_k > 0, _keep_top_k)
+    shares = (logits.softmax(dim=-1).double() * 2**SHARE_BITS).round().long()
+    shares = _on_rows(shares, shares, rows, lambda row: row.params.top_p < 1, _keep_top_p)
+    shares = _on_rows(shares, shares, rows, lambda row: row.params.min_p > 0, _keep_min_p)
     seeds = to_device([row.seed for row in rows], logits.device)
     positions = to_device([len(row.token_ids) for row in rows], logits.device)
-    threshold = uniform(seeds, positions)[:, None] * cumulative[:, -1:]
+    cumulative = shares.cumsum(dim=-1)
+    threshold = (uniform(seeds, positions)[:, None] * cumulative[:, -1:]).long()
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
-def _has_top_filter(row: Sequence) -> bool:
-    return row.params.top_k > 0 or row.params.top_p < 1
+def _keep_top_k(logits: Tensor, rows: Rows) -> Tensor:
+    """Bar what is less likely than the k-th likeliest; those as likely as it all stay."""
+    top_k = [min(row.params.top_k, logits.shape[1]) for row in rows]
+    best = logits.topk(max(top_k), dim=-1).values
+    least = best.gather(1, to_device(top_k, logits.device)[:, None] - 1)
+    return logits.masked_fill(logits < least, -math.inf)
 
 
-def _keep_top(logits: Tensor, rows: Rows) -> Tensor:
-    """Bar what is not among the top_k, nor in the smallest set of those that holds top_p of
-    them."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    top_k = _column([row.params.top_k or logits.shape[1] for row in rows], logits)
-    ranks = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= top_k, -math.inf)
-    # A sum of rounded probabilities may pass 1, so that 1 itself would cut the tail.
-    top_p = _column([row.params.top_p if row.params.top_p < 1 else 2 for row in rows], logits)
-    probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
-    mass_before = probabilities.cumsum(dim=-1) - probabilities
-    ordered = ordered.masked_fill(mass_before >= top_p, -math.inf)
-    return torch.empty_like(logits).scatter_(1, order, ordered)
+def _keep_top_p(shares: Tensor, rows: Rows) -> Tensor:
+    """Bar what is less likely than the last of the smallest set of likeliest tokens holding top_p.
+
+    That share is found bit by bit, as the largest one that still leaves enough.
+    """
+    top_p = _column([row.params.top_p for row in rows], shares, torch.float64)
+    enough = (top_p * shares.sum(dim=-1, keepdim=True)).ceil().long()
+    least = torch.zeros_like(enough)
+    for bit in range(SHARE_BITS, -1, -1):
+        candidate = least + 2**bit
+        mass = torch.where(shares >= candidate, shares, 0).sum(dim=-1, keepdim=True)
+        least = torch.where(mass >= enough, candidate, least)
+    return shares.masked_fill(shares < least, 0)
 
 
-def _keep_min_p(logits: Tensor, rows: Rows) -> Tensor:
-    """Bar what is less than min_p times as likely as the likeliest, whose logit is 0 here."""
-    bounds = [math.log(row.params.min_p) for row in rows]
-    return logits.masked_fill(logits < _column(bounds, logits), -math.inf)
+def _keep_min_p(shares: Tensor, rows: Rows) -> Tensor:
+    """Bar what is less than min_p times as likely as the likeliest token."""
+    min_p = _column([row.params.min_p for row in rows], shares, torch.float64)
+    least = (min_p * shares.amax(dim=-1, keepdim=True)).ceil().long()
+    return shares.masked_fill(shares < least, 0)
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -154,6 +166,6 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _column(values: list[float], logits: Tensor) -> Tensor:
-    """float32 [B, 1], one value per row."""
-    return to_device(values, logits.device, torch.float32)[:, None]
+def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, 1] on the device of `like`: one value per row."""
+    return to_device(values, like.device, dtype)[:, None]
