@@ -1,6 +1,8 @@
-// 16-bit floats as what the hardware takes: pairs in one register, converted one instruction each.
+// Floats as the hardware takes them: pairs of 16 bits in one register, powers of two.
 #pragma once
 #include "ptx.cuh"
+
+DEVICE float minus_infinity() { return __uint_as_float(0xFF800000u); }
 
 // The low and the high element of a pair of float16 or bfloat16.
 template <bool BF16>
@@ -38,4 +40,10 @@ template <bool BF16>
 DEVICE uint4 pack_vector(const float (&values)[8]) {
   return make_uint4(pack_pair<BF16>(values[0], values[1]), pack_pair<BF16>(values[2], values[3]),
                     pack_pair<BF16>(values[4], values[5]), pack_pair<BF16>(values[6], values[7]));
+}
+
+DEVICE float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }

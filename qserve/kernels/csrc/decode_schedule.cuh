@@ -1,0 +1,38 @@
+// Who computes what: the work list of one step, and each block's walk through it.
+//
+// A piece of work is one split of one sequence's pages for one tile of query heads. Splits depend on
+// their own sequence alone, so results do not depend on the batch. The list is sorted by size; blocks
+// take pieces in snake order, which gives every block nearly the same number of pages.
+#pragma once
+#include "work_item.cuh"
+
+struct Work {
+  WorkItem item;
+  int kv_head, tile;  // the query heads are tile * ROWS .. of those that share kv_head
+
+  __device__ __forceinline__ int rows() const { return TILES == 1 ? ROWS : min(ROWS, GROUP - tile * ROWS); }
+  __device__ __forceinline__ int query_head() const { return kv_head * GROUP + tile * ROWS; }
+};
+
+DEVICE WorkItem load_item(const WorkItem* item) {
+  const int4* halves = reinterpret_cast<const int4*>(item);
+  const int4 first = __ldg(halves), second = __ldg(halves + 1);
+  return {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+}
+
+// `body(work, turn)` for the block's pieces in order; the block's pages are dealt to its WARPS readers
+// in turn, and a piece's first page is reader `turn`'s.
+template <class Body>
+DEVICE void for_each_work(const WorkItem* items, const int* item_count, Body body) {
+  const int pieces = __ldg(item_count) * KV_HEADS * TILES;
+  int turn = 0;
+  for (int round = 0;; round++) {
+    const int place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    const int piece = round * gridDim.x + place;
+    if (piece >= pieces) return;
+    const int head = piece % (KV_HEADS * TILES);
+    const Work work = {load_item(items + piece / (KV_HEADS * TILES)), head / TILES, head % TILES};
+    body(work, turn);
+    turn = (turn + work.item.pages) % WARPS;
+  }
+}
