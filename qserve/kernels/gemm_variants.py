@@ -21,7 +21,7 @@ SHARED_LIMIT = 227 * 1024
 PORTABLE_SHARED_LIMIT = 99 * 1024
 """... on every GPU from sm_80 on."""
 
-OPERANDS = "PPPPPPiiiii"
+OPERANDS = "(6P5i)"
 """`Operands` of csrc/epilogue.cuh."""
 
 
@@ -102,7 +102,7 @@ def _large(tile: Tile, policy: Policy) -> _Design:
     stages = (SHARED_LIMIT - fixed) // stage
     # Unsigned weights save an instruction, signed ones power, which the largest tiles run out of.
     offset = 0 if tile.tokens == 256 else 128
-    parameters = f"128s 128s {OPERANDS} i"
+    parameters = f"128s128s{OPERANDS}i"
     return _Design(parameters, 384, stages, fixed + stages * stage, weight_offset=offset)
 
 
@@ -113,14 +113,14 @@ def _small(tile: Tile, policy: Policy) -> _Design:
     fit = (SHARED_LIMIT // blocks - 2048) // stage // tile.interleave
     stages = min(16, fit * tile.interleave)
     shared = 1024 + max(stages * stage, _sum_bytes(tile) + 16 * stages)
-    return _Design(f"128s {OPERANDS} P", threads, stages, shared, blocks_per_multiprocessor=blocks)
+    return _Design(f"128s{OPERANDS}P", threads, stages, shared, blocks_per_multiprocessor=blocks)
 
 
 def _portable(tile: Tile, policy: Policy) -> _Design:
     stage = tile.interleave * _stage_bytes(tile, policy)
     stages = min(4, PORTABLE_SHARED_LIMIT // stage)
     shared = max(stages * stage, _sum_bytes(tile))
-    return _Design(f"P {OPERANDS} P", tile.rows * tile.interleave, stages, shared)
+    return _Design(f"P{OPERANDS}P", tile.rows * tile.interleave, stages, shared)
 
 
 def _stage_bytes(tile: Tile, policy: Policy) -> int:

@@ -2,13 +2,13 @@
 
 A kernel variant is declared once, at module level or in a cached factory, and called with a grid:
 
-    scale_rows = Kernel("scale.cu", "scale_rows", parameters="P P i", threads=128,
+    scale_rows = Kernel("scale.cu", "scale_rows", parameters="2Pi", threads=128,
                         constants={"COLUMNS": 4096})
     scale_rows(device, grid=(rows,), arguments=(x, y, rows))
 
-`parameters` has one word per C parameter, in `struct`'s letters: P pointer (a tensor or None), i int,
-q long long, f float, 128s a `TensorMap` (see `tensor_map`), several letters a struct passed by value
-(its fields follow each other in `arguments`). `constants` become `constexpr
+`parameters` has one letter of `struct` per C parameter: P pointer (a tensor or None), i int, q long
+long, f float, 128s a `TensorMap` (see `tensor_map`); in parentheses, a struct passed by value, whose
+fields follow each other in `arguments`. `constants` become `constexpr
 int` lines before the source, after the numbers of `formats.layout`; `#include "x.cuh"` is resolved
 inside `csrc/`. NVRTC compiles at the first launch (or in `warm_up`), and the cubin is kept on disk
 under a hash of everything that went into it. Launches go to torch's current stream and may be
@@ -38,6 +38,7 @@ from qserve.formats.layout import cuda_prelude
 
 CSRC = Path(__file__).parent / "csrc"
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+_PARAMETER = re.compile(r"\((.+?)\)|(\d*)([a-zA-Z])")
 _FLAGS = ("c++17", "-v")
 _UNUSED_CONSTANT = 177
 
@@ -81,6 +82,16 @@ class Kernel:
         constants = "".join(f"constexpr int {k} = {int(v)};\n" for k, v in self.constants.items())
         return cuda_prelude() + constants + self.generated + _inline(self.source, set())
 
+    def parameter_formats(self) -> list[str]:
+        """The `struct` format of each C parameter."""
+        formats: list[str] = []
+        for by_value, count, letter in _PARAMETER.findall(self.parameters):
+            if by_value or letter == "s":
+                formats.append(by_value or count + letter)
+            else:
+                formats += [letter] * int(count or 1)
+        return formats
+
     def __str__(self) -> str:
         constants = " ".join(f"{name}={int(value)}" for name, value in self.constants.items())
         return f"{self.entry} {constants}".strip()
@@ -106,10 +117,10 @@ class _Loaded:
     def __init__(self, kernel: Kernel, device_index: int) -> None:
         driver, core = _driver(), _core()
         self._kernel = kernel
-        words = [word + "0q" for word in kernel.parameters.split()]  # 0q: on to a multiple of 8
-        self._layout = struct.Struct("".join(words))
-        self._offsets = [struct.calcsize("".join(words[:i])) for i in range(len(words))]
-        self._table = ctypes.c_void_p * len(words)
+        formats = [format + "0q" for format in kernel.parameter_formats()]  # 0q: 8-byte aligned
+        self._layout = struct.Struct("".join(formats))
+        self._offsets = [struct.calcsize("".join(formats[:i])) for i in range(len(formats))]
+        self._table = ctypes.c_void_p * len(formats)
         cubin = build(kernel, device_arch(device_index)).cubin
         self._code = core.ObjectCode.from_cubin(cubin)
         handle = self._code.get_kernel(kernel.entry).handle

@@ -15,10 +15,10 @@ VECTOR = 8
 """Elements read at once."""
 
 _PARAMETERS = {
-    "rms_norm": "P P P f P P",
-    "rms_norm_quantize": "P P P f P PPP",
-    "silu_mul_quantize": "P PPP",
-    "quantize_per_token": "P PPP",
+    "rms_norm": "3Pf2P",
+    "rms_norm_quantize": "3PfP(3P)",
+    "silu_mul_quantize": "P(3P)",
+    "quantize_per_token": "P(3P)",
 }
 
 
