@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qserve.engine.logprobs import token_logprobs
 from qserve.engine.request import RequestError, SamplingParams
-from qserve.engine.sampler import sample, uniform
+from qserve.engine.sampler import _keep_top_p, sample, uniform
 from qserve.engine.sequence import Sequence, sequence_seed
 
 VOCAB = 24
@@ -177,6 +177,13 @@ def test_zero_noise_takes_the_first_token_that_is_possible(monkeypatch: pytest.M
     )
     logits = [-math.inf, -math.inf, 0.0, 1.0]
     assert sample_alone(logits, make_row(SamplingParams(), [1], [])) == 2
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, [1000, 0, 0]), (0.501, [1000, 999, 0])])
+def test_top_p_is_exact_to_the_last_unit(top_p: float, kept: list[int]) -> None:
+    shares = torch.tensor([[1000, 999, 1]])
+    rows = [make_row(SamplingParams(top_p=top_p), [1], [])]
+    assert _keep_top_p(shares, rows).tolist() == [kept]
 
 
 @pytest.mark.parametrize("changes", [{"top_k": 2}, {"top_p": 0.3}, {"min_p": 1.0}], ids=str)

@@ -73,6 +73,13 @@ def test_broken_bytes_join_to_the_text_decoded_at_once(token_ids: list[int]) -> 
     assert "".join(pieces) == BYTE_LEVEL.decode(token_ids, skip_special_tokens=True)
 
 
+@both_tokenizers
+def test_special_tokens_are_no_text_and_part_no_words(tokenizer: Any) -> None:
+    special = tokenizer.eos_token_id
+    token_ids = [token for part in encode(tokenizer, "a a a") for token in (part, special, special)]
+    assert "".join(stream(tokenizer, token_ids)) == "a a a"
+
+
 def test_half_a_character_waits_and_is_replaced_only_at_the_end() -> None:
     llama = encode(BYTE_LEVEL, "🦙")
     assert stream(BYTE_LEVEL, llama) == ["", "", "", "🦙", ""]
