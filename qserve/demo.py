@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from openai import AsyncOpenAI
 from rich.console import Console
-from rich.panel import Panel
+from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
@@ -77,6 +76,7 @@ def running_server() -> Iterator[str]:
             raise RuntimeError(f"the server ended with exit code {status}")
     finally:
         process.kill()
+        process.wait()
     console.print("The server has stopped cleanly.")
 
 
@@ -93,7 +93,7 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
         try:
             with urlopen(f"{url}/health", timeout=5):
                 return
-        except URLError:
+        except OSError:
             time.sleep(0.2)
     raise TimeoutError(f"the server was not ready within {START_SECONDS} s")
 
@@ -115,9 +115,13 @@ async def ask_streaming(client: AsyncOpenAI, question: str) -> Reply:
         stream_options={"include_usage": True},
     )
     text, tokens = "", 0
+    console.rule(f"{question} (as it streams)")
     async for chunk in stream:
-        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+        delta = "".join(choice.delta.content or "" for choice in chunk.choices)
+        console.print(delta, end="", highlight=False, markup=False)
+        text += delta
         tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+    console.print()
     return checked(Reply(question, text, tokens))
 
 
@@ -139,8 +143,9 @@ def checked(reply: Reply) -> Reply:
 
 
 def show(replies: tuple[Reply, Reply], seconds: float) -> None:
-    for reply, how in zip(replies, ("streamed", "in one piece"), strict=True):
-        console.print(Panel(reply.text.strip(), title=f"{reply.question} ({how})"))
+    console.rule(f"{replies[1].question} (in one piece)")
+    console.print(replies[1].text, highlight=False, markup=False)
+    console.rule()
     tokens = sum(reply.tokens for reply in replies)
     console.print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s for both\n")
     console.print(size_table())
@@ -151,16 +156,16 @@ def size_table() -> Table:
     source = open_source(str(CHECKPOINT))
     shapes = tensor_shapes(source.config)
     stored = sum(tensor_bytes(source.tensor(name)) for name in source.names())
-    table = Table("size", "W4A8KV4", "fp16", "fp16 / W4A8KV4")
+    table = Table("", "W4A8KV4", "fp16", "smaller")
     add_row(table, "checkpoint", stored, sum(2 * math.prod(shape) for shape in shapes.values()))
     embedding = 2 * math.prod(shapes[EMBEDDING])
-    add_row(table, "of it, token embedding (fp16 in both)", embedding, embedding)
+    add_row(table, "  of it, embedding (16 bits)", embedding, embedding)
     add_row(table, "KV cache of one token", *(kv_bytes(source.config, bits) for bits in (4, 16)))
     return table
 
 
 def add_row(table: Table, name: str, ours: int, theirs: int) -> None:
-    table.add_row(name, f"{ours:,} bytes", f"{theirs:,} bytes", f"{theirs / ours:.2f}")
+    table.add_row(name, decimal(ours), decimal(theirs), f"{theirs / ours:.2f}x")
 
 
 def tensor_bytes(tensor: Tensor) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -117,5 +120,34 @@ def test_disconnect_in_mid_stream_frees_pages(online: tuple[httpx.Client, LLM]) 
     with http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
         assert llm.engine.stats.pages_used > 0
+    wait_until(lambda: not llm.engine.has_unfinished)
+    assert llm.engine.stats.pages_used == 0
+
+
+def test_many_clients_of_whom_some_leave(online: tuple[httpx.Client, LLM], offline: LLM) -> None:
+    """Those who stay get what they would get alone; those who leave leave no page behind."""
+    http, llm = online
+    prompts = [f"{PROMPT}{index} and then " * (1 + index % 3) for index in range(24)]
+    bodies = [
+        {"prompt": prompt, "max_tokens": 30, "temperature": 1, "seed": index, "stream": True}
+        for index, prompt in enumerate(prompts)
+    ]
+
+    def read(body: dict[str, Any]) -> str | None:
+        leaves_after = body["seed"] % 4 * 5 + 1 if body["seed"] % 2 else None
+        text = ""
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            for count, line in enumerate(line for line in response.iter_lines() if "{" in line):
+                if count == leaves_after:
+                    return None
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+        return text
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        texts = list(pool.map(read, bodies))
+    for index in range(0, len(prompts), 2):
+        params = SamplingParams(max_tokens=30, temperature=1, seed=index)
+        assert texts[index] == offline.generate(prompts[index], params)[0].text
+    assert texts.count(None) > 6
     wait_until(lambda: not llm.engine.has_unfinished)
     assert llm.engine.stats.pages_used == 0
