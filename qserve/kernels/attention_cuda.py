@@ -110,7 +110,7 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
     return Kernel(
         "decode_attention.cu",
         "decode_attention",
-        parameters="8P2if",
+        parameters="(8P2if)",
         threads=(shape.readers + _MERGERS + 1) * 32,
         shared_bytes=shape.shared_bytes,
         overlap=shape.overlap,
@@ -136,7 +136,7 @@ def combine_kernel(num_query_heads: int, head_dim: int, dtype: torch.dtype) -> K
     return Kernel(
         "decode_combine.cu",
         "decode_combine",
-        parameters="5Pi",
+        parameters="(5Pi)",
         threads=128,
         overlap=True,
         constants={
@@ -153,7 +153,7 @@ def plan_kernel() -> Kernel:
     return Kernel(
         "decode_plan.cu",
         "decode_plan",
-        parameters="5P2i",
+        parameters="(5P2i)",
         threads=1024,
         constants={"SPLIT_PAGES": SPLIT_PAGES, "MAX_SPLITS": MAX_SPLITS},
     )

@@ -67,7 +67,7 @@ def append_kernel(shape: AppendShape) -> Kernel:
     return Kernel(
         "kv_append.cu",
         "rope_append",
-        parameters="6Pi",
+        parameters="(6Pi)",
         threads=THREADS,
         overlap=True,
         constants={

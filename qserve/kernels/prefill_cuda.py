@@ -154,7 +154,7 @@ def gather_kernel(kv_format: KVFormat, dtype: torch.dtype) -> Kernel:
     return Kernel(
         "page_gather.cu",
         "page_gather",
-        parameters="5P3i",
+        parameters="(5P3i)",
         threads=THREADS,
         constants={
             "THREADS": THREADS,
