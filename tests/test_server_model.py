@@ -120,8 +120,7 @@ def test_disconnect_in_mid_stream_frees_pages(online: tuple[httpx.Client, LLM]) 
     with http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
         assert llm.engine.stats.pages_used > 0
-    wait_until(lambda: not llm.engine.has_unfinished)
-    assert llm.engine.stats.pages_used == 0
+    wait_until(lambda: llm.engine.stats.pages_used == 0)
 
 
 def test_many_clients_of_whom_some_leave(online: tuple[httpx.Client, LLM], offline: LLM) -> None:
@@ -129,12 +128,12 @@ def test_many_clients_of_whom_some_leave(online: tuple[httpx.Client, LLM], offli
     http, llm = online
     prompts = [f"{PROMPT}{index} and then " * (1 + index % 3) for index in range(24)]
     bodies = [
-        {"prompt": prompt, "max_tokens": 30, "temperature": 1, "seed": index, "stream": True}
+        {"prompt": prompt, "max_tokens": 30, "ignore_eos": True, "seed": index, "stream": True}
         for index, prompt in enumerate(prompts)
     ]
 
     def read(body: dict[str, Any]) -> str | None:
-        leaves_after = body["seed"] % 4 * 5 + 1 if body["seed"] % 2 else None
+        leaves_after = body["seed"] % 4 * 3 + 1 if body["seed"] % 2 else None
         text = ""
         with http.stream("POST", "/v1/completions", json=body) as response:
             for count, line in enumerate(line for line in response.iter_lines() if "{" in line):
@@ -146,8 +145,7 @@ def test_many_clients_of_whom_some_leave(online: tuple[httpx.Client, LLM], offli
     with ThreadPoolExecutor(len(bodies)) as pool:
         texts = list(pool.map(read, bodies))
     for index in range(0, len(prompts), 2):
-        params = SamplingParams(max_tokens=30, temperature=1, seed=index)
+        params = SamplingParams(max_tokens=30, ignore_eos=True, seed=index)
         assert texts[index] == offline.generate(prompts[index], params)[0].text
-    assert texts.count(None) > 6
-    wait_until(lambda: not llm.engine.has_unfinished)
-    assert llm.engine.stats.pages_used == 0
+    assert texts.count(None) == 12
+    wait_until(lambda: llm.engine.stats.pages_used == 0)
