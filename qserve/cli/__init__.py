@@ -21,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _is_users(error: Exception) -> bool:
-    """Ours are all ValueErrors; the file system's and safetensors' are about the user's files."""
-    return isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError"
+    """Ours are ValueErrors, or name a kernel; the system's and safetensors' are about files."""
+    by_name = type(error).__name__ in ("SafetensorError", "KernelError")
+    return by_name or isinstance(error, (ValueError, OSError))
 
 
 def _sentence(error: Exception) -> str:

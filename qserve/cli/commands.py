@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 import qserve
+from qserve.cli.bench import bench, kernels
 from qserve.cli.model import display_name, load_engine
+from qserve.cli.options import KVBits, Model, Precision, bits_of
 
 app = typer.Typer(
     help="W4A8KV4 quantization and serving of language models.",
@@ -20,20 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluate = typer.Typer(help="Measure a model.", no_args_is_help=True)
-app.add_typer(evaluate, name="evaluate")
-
-Model = Annotated[
-    str,
-    typer.Argument(help="A directory, a hub id, a .gguf file or smollm2-135m.", show_default=False),
-]
-Precision = Annotated[
-    Literal["fp16", "bf16", "fp32"] | None,
-    typer.Option(help="Run an unquantized model as it is, instead of quantizing it."),
-]
-KVBits = Annotated[
-    Literal["4", "8", "16"] | None,
-    typer.Option("--kv", help="Bits of the KV cache, instead of the checkpoint's own."),
-]
+for group, name in ((evaluate, "evaluate"), (bench, "bench"), (kernels, "kernels")):
+    app.add_typer(group, name=name)
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,7 +59,7 @@ def generate(
     from qserve.engine.text import encode
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    engine = load_engine(model, precision, _bits(kv))
+    engine = load_engine(model, precision, bits_of(kv))
     engine.add_request("0", encode(engine.tokenizer, prompt), params)
     while engine.has_unfinished:
         for output in engine.step():
@@ -91,7 +81,7 @@ def serve(
 
     config = ServerConfig(host, port)
     with bound_socket(config) as listener:
-        engine = load_engine(model, precision, _bits(kv))
+        engine = load_engine(model, precision, bits_of(kv))
         run_server(engine, display_name(model), listener, config)
 
 
@@ -109,7 +99,7 @@ def perplexity(
     from qserve.engine.llm import LLM
     from qserve.evaluation.perplexity import measure_perplexity
 
-    llm = LLM(model, kv_bits=_bits(kv))
+    llm = LLM(model, kv_bits=bits_of(kv))
     result = measure_perplexity(llm, content, seq_len, max_windows, progress=not as_json)
     if as_json:
         print(json.dumps(asdict(result)))
@@ -118,10 +108,6 @@ def perplexity(
             f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} "
             f"windows, {result.seconds:.1f} s"
         )
-
-
-def _bits(kv: str | None) -> int | None:
-    return None if kv is None else int(kv)
 
 
 def _read_text(path: Path) -> str:

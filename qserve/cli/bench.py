@@ -1,0 +1,46 @@
+"""Commands for those who care about speed: benchmarks, and compiling kernels ahead of time."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from qserve.cli.model import load_engine
+from qserve.cli.options import KVBits, Model, Precision, bits_of
+
+bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+kernels = typer.Typer(help="The CUDA kernels.", no_args_is_help=True)
+
+
+@bench.command()
+def throughput(
+    model: Model,
+    requests: Annotated[int, typer.Option(help="Requests, all at once.", min=1)] = 64,
+    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 1024,
+    output_len: Annotated[int, typer.Option(help="Tokens generated for each.", min=1)] = 512,
+    precision: Precision = None,
+    kv: KVBits = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tokens per second offline, prefill included, with random prompts."""
+    from qserve.benchmark.throughput import bench_throughput
+
+    engine = load_engine(model, precision, bits_of(kv))
+    result = bench_throughput(engine, requests, input_len, output_len).to_json()
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name.replace('_', ' '):28} {value:,.6g}")
+
+
+@kernels.command("compile")
+def compile_(
+    arch: Annotated[list[str], typer.Option(help="Such as sm_80 or sm_90a; may be repeated.")],
+) -> None:
+    """Compile every kernel variant into the cache; needs no GPU. Prints what each one takes."""
+    from qserve.kernels.compile import compile_kernels
+
+    compile_kernels(arch)
