@@ -1,0 +1,121 @@
+"""Models with random weights, from a config.json alone: for speed, which does not depend on values."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qserve.formats.checkpoint import QuantizationConfig
+from qserve.models.config import ModelConfig, ModelError
+from qserve.models.names import layer_prefix, linear_shapes, tensor_shapes
+
+_BLOCK = 1 << 20
+
+
+class NoText:
+    """A tokenizer for requests whose text nobody reads."""
+
+    chat_template = None
+
+    def decode(self, token_ids: Sequence[int], **_: Any) -> str:
+        """Always empty."""
+        return ""
+
+
+@dataclass(frozen=True)
+class DummySource:
+    """A `WeightSource` of random weights, 4-bit linears unless `group_size` is None.
+
+    The weights' scale keeps activations of unit size, so that no step meets infinities.
+    """
+
+    hf_config: dict[str, Any]
+    group_size: int | None = 128
+
+    @classmethod
+    def read(cls, config: Path, group_size: int | None) -> DummySource:
+        """From a config.json, or the directory that holds one."""
+        path = config / "config.json" if config.is_dir() else config
+        try:
+            return cls(json.loads(path.read_text()), group_size)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from error
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_hf(self.hf_config)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        if self.group_size is None:
+            return None
+        return QuantizationConfig(group_size=self.group_size).to_json()
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._shapes:
+            raise ModelError(f"there is no tensor {name}")
+        shape = self._shapes[name]
+        match name.rpartition(".")[2]:
+            case "qweight":
+                return _bytes(shape)
+            case "s1_scales":
+                return torch.full(shape, self._level_1_scale(name), dtype=torch.float16)
+            case "s1_szeros":
+                return torch.full(shape, 8 * self._level_1_scale(name), dtype=torch.float16)
+            case "s2_scales":
+                return torch.full(shape, 8, dtype=torch.int8)
+            case "s2_zeros":
+                return torch.full(shape, -64, dtype=torch.int8)
+        if len(shape) == 1:
+            return torch.full(shape, float("norm" in name), dtype=self.config.dtype)
+        return _bytes(shape).to(self.config.dtype) / (74 * math.sqrt(shape[1]))
+
+    def tokenizer(self) -> NoText:
+        return NoText()
+
+    def save_tokenizer(self, directory: Path) -> None:
+        raise ModelError("a dummy model has no tokenizer")
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = dict(tensor_shapes(self.config))
+        if self.group_size is None:
+            return shapes
+        for index in range(self.config.num_layers):
+            for part, (rows, columns) in linear_shapes(self.config).items():
+                linear = layer_prefix(index) + part
+                del shapes[f"{linear}.weight"]
+                shapes |= {
+                    f"{linear}.qweight": (rows, columns // 2),
+                    f"{linear}.s1_scales": (rows,),
+                }
+                if self.group_size == -1:
+                    shapes[f"{linear}.s1_szeros"] = (rows,)
+                else:
+                    groups = (columns // self.group_size, rows)
+                    shapes |= {f"{linear}.s2_scales": groups, f"{linear}.s2_zeros": groups}
+        return shapes
+
+    def _level_1_scale(self, name: str) -> float:
+        """For unit outputs of unit inputs: uniform codes have a deviation of 4.6 steps."""
+        columns = self._shapes[name.rpartition(".")[0] + ".qweight"][1] * 2
+        step = 1 if self.group_size == -1 else 8
+        return 1 / (4.6 * step * math.sqrt(columns))
+
+
+def _bytes(shape: tuple[int, ...]) -> Tensor:
+    """Random int8; large tensors repeat one block, which takes a copy's time."""
+    size = int(torch.Size(shape).numel())
+    block = torch.randint(-128, 128, (min(size, _BLOCK),), dtype=torch.int8)
+    return block.repeat(-(-size // _BLOCK))[:size].reshape(shape)
