@@ -36,7 +36,7 @@ def measure(weights: list[CudaWeight], tokens: int) -> dict[Tile, float]:
     rows, columns = weights[0].shape
     x = activation(tokens, columns)
     used = weights if tokens < 256 else weights[:4]
-    problem = Problem(tokens, rows, columns, not weights[0].policy.per_channel)
+    problem = Problem(tokens, rows, columns, weights[0].policy.name)
     peers = {
         tile: [lambda w=w, t=tile: w.apply_tile(x, None, torch.float16, t) for w in used]
         for tile in candidates(problem, weights[0])

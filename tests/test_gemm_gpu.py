@@ -10,26 +10,26 @@ import pytest
 import torch
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
-from qserve.formats.weight import ChannelGrid, W4Weight, fit_grid
+from qserve.formats.weight import ChannelGrid, QuantizedWeight, W4Weight, W8Weight, fit_grid
 from qserve.kernels import OpError, prepare_weight, quantized_linear
+from qserve.kernels.compile import POLICIES
 from qserve.kernels.gemm import ExactFloatWeight
 from qserve.kernels.gemm_cuda import CudaWeight
-from qserve.kernels.gemm_variants import Policy, gemm_kernel
+from qserve.kernels.gemm_variants import gemm_kernel
 from qserve.kernels.jit import warm_up
 from qserve.kernels.tiles import Tile, tiles_for
 
 pytestmark = pytest.mark.gpu
 
 ALL_TILES = tiles_for("sm_90a") + tiles_for("sm_80")
-WEIGHT_FORMATS = ("channel", "fractional", "group64", "group128")
+WEIGHT_FORMATS = ("channel", "fractional", "group64", "group128", "int8")
 LAYER_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 SMOLLM2_SHAPES = [(960, 576), (192, 576), (576, 576), (3072, 576), (576, 1536)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_in_parallel() -> None:
-    policies = (Policy(-1), Policy(-1, True), Policy(64), Policy(128))
-    variants = itertools.product(ALL_TILES, policies, (False, True))
+    variants = itertools.product(ALL_TILES, POLICIES, (False, True))
     warm_up([gemm_kernel(*variant) for variant in variants], torch.device("cuda"))
 
 
@@ -39,25 +39,31 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     allocate = torch.empty
 
     def poisoned(*args: int, **kwargs: object) -> torch.Tensor:
-        return allocate(*args, **kwargs).fill_(float("nan"))
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr("qserve.kernels.gemm_cuda.torch.empty", poisoned)
     yield
 
 
-def make_weight(weight_format: str, rows: int, columns: int) -> W4Weight:
+def make_weight(weight_format: str, rows: int, columns: int) -> QuantizedWeight:
     weight = torch.randn(rows, columns, device="cuda") * torch.rand(rows, 1, device="cuda")
+    if weight_format == "int8":
+        return W8Weight.quantize(weight)
     group_size = {"group64": 64, "group128": 128}.get(weight_format, -1)
     grid = fit_grid(weight, group_size)
     packed = grid.pack(grid.quantize(weight)).validate()
     if weight_format == "fractional":
         assert isinstance(grid, ChannelGrid) and packed.s1_szeros is not None
         packed = W4Weight(packed.qweight, packed.s1_scales, packed.s1_szeros * 1.05)
+        assert (packed.zeros() != packed.zeros().round()).any()
     return packed
 
 
 @cache
-def prepared_weight(weight_format: str, rows: int, columns: int) -> tuple[W4Weight, CudaWeight]:
+def prepared_weight(
+    weight_format: str, rows: int, columns: int
+) -> tuple[QuantizedWeight, CudaWeight]:
     weight = make_weight(weight_format, rows, columns)
     return weight, CudaWeight.prepare(weight, torch.device("cuda"))
 
@@ -67,7 +73,7 @@ def make_activation(tokens: int, columns: int) -> QuantizedActivation:
 
 
 def expected_linear(
-    x: QuantizedActivation, weight: W4Weight, bias: torch.Tensor | None, dtype: torch.dtype
+    x: QuantizedActivation, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The reference's chunked exact arithmetic, which float32 on the GPU carries out exactly too."""
     return ExactFloatWeight.prepare(weight).apply(x, bias, dtype)
@@ -97,7 +103,7 @@ def test_every_tile_gives_the_reference_bits(tile: Tile, weight_format: str) -> 
 
 
 @pytest.mark.parametrize("shape", LAYER_SHAPES + SMOLLM2_SHAPES, ids=str)
-@pytest.mark.parametrize("weight_format", ["channel", "group64", "group128"])
+@pytest.mark.parametrize("weight_format", ["channel", "group64", "group128", "int8"])
 def test_layers_of_real_models(shape: tuple[int, int], weight_format: str) -> None:
     rows, columns = shape
     if not group_size_fits(weight_format, columns):

@@ -28,9 +28,10 @@ MAX_COLUMNS = 65536
 
 @dataclass(frozen=True)
 class CudaWeight:
-    """A 4-bit weight on a GPU.
+    """A 4- or 8-bit weight on a GPU.
 
-    packed: uint8, blocks of 128 x 128 (see csrc/weight.cuh). scale, zero: float32 [N padded].
+    packed: uint8, blocks of 128 x 128 (see csrc/weight.cuh). scale: float32 [N padded].
+    zero: float32 [N padded] of per-channel 4-bit weights, else None.
     """
 
     packed: Tensor
@@ -43,29 +44,36 @@ class CudaWeight:
     @classmethod
     def prepare(cls, weight: QuantizedWeight, device: torch.device) -> CudaWeight:
         """Repack the checkpoint's tensors on `device`."""
-        if not isinstance(weight, W4Weight):
-            raise OpError("prepare_weight: 8-bit weights have no CUDA kernel yet")
-        if weight.shape[1] > MAX_COLUMNS:
-            raise OpError(f"prepare_weight: K = {weight.shape[1]} exceeds {MAX_COLUMNS}")
-        weight = W4Weight(**{name: t.to(device) for name, t in weight.tensors().items()})
-        zero = weight.zeros() if weight.group_size == -1 else None
-        fractional = zero is not None and bool((zero != zero.round()).any())
-        prepared = cls(
-            pack_blocks(weight),
-            _pad_rows(weight.s1_scales.float()),
-            None if zero is None else _pad_rows(zero),
-            Policy(weight.group_size, fractional),
-            weight.shape,
-            _device(weight.qweight.device),
-        )
+        rows, columns = weight.shape
+        if rows % SLAB_ROWS or columns % SLAB_ROWS or columns > MAX_COLUMNS:
+            raise OpError(
+                f"prepare_weight: sizes {rows} x {columns} must be multiples of {SLAB_ROWS}, "
+                f"the second at most {MAX_COLUMNS}"
+            )
+        moved = {name: tensor.to(device) for name, tensor in weight.tensors().items()}
+        prepared = cls._repack(type(weight)(**moved))
         # Kernels start streaming weights before their predecessors end, so this must have ended.
         torch.cuda.current_stream(device).synchronize()
         return prepared
 
+    @classmethod
+    def _repack(cls, weight: QuantizedWeight) -> CudaWeight:
+        packed, shape = pack_blocks(weight), weight.shape
+        device = _device(packed.device)
+        if not isinstance(weight, W4Weight):
+            scale = _pad_rows(weight.dequant_scale.float())
+            return cls(packed, scale, None, Policy(bits=8), shape, device)
+        scale = _pad_rows(weight.s1_scales.float())
+        if weight.group_size != -1:
+            return cls(packed, scale, None, Policy(group_size=weight.group_size), shape, device)
+        zero = weight.zeros()
+        policy = Policy(fractional_zeros=bool((zero != zero.round()).any()))
+        return cls(packed, scale, _pad_rows(zero), policy, shape, device)
+
     def apply(self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """[M, N] in `out_dtype`, float16 or bfloat16."""
         rows, columns = self.shape
-        problem = Problem(x.codes.shape[0], rows, columns, not self.policy.per_channel)
+        problem = Problem(x.codes.shape[0], rows, columns, self.policy.name)
         return self.apply_tile(x, bias, out_dtype, choose(problem, self.device))
 
     def apply_tile(
@@ -91,21 +99,24 @@ class CudaWeight:
         return (*pointers, *sizes, int(bias_is_float))
 
 
-def pack_blocks(weight: W4Weight) -> Tensor:
-    """Codes (and level-2 scales) in the order the kernels stream them, uint8 [N/128, K/128, ...].
+def pack_blocks(weight: QuantizedWeight) -> Tensor:
+    """Codes (and level-2 scales) in the order the kernels stream them, uint8 [N/128, K/128, 2, ...].
 
     Row n = 128 nb + 64 slab + 16 w + 8 r + g and column k = 128 kb + 64 h + 32 p + 16 j + 4 t + b go
-    to block (nb, kb), slab, half h, thread 32 w + 4 g + t, word 2 j + r, byte b; nibble p.
+    to block (nb, kb), slab, half h, thread 32 w + 4 g + t, word 2 j + r, byte b: 4-bit codes to its
+    nibble p, 8-bit codes to load p of the half.
     """
-    codes = _pad_blocks(weight.codes())
+    codes = _pad_blocks(weight.codes() if isinstance(weight, W4Weight) else weight.weight)
     rows, columns = (size // BLOCK for size in codes.shape)
-    nibbles = codes.view(rows, 2, 4, 2, 8, columns, 2, 2, 2, 4, 4)
-    low, high = nibbles.permute(7, 0, 5, 1, 6, 2, 4, 9, 8, 3, 10)
-    packed = (low | high << 4).reshape(rows, columns, 2, -1)
-    if weight.s2_scales is None or weight.s2_zeros is None:
+    steps = codes.view(rows, 2, 4, 2, 8, columns, 2, 2, 2, 4, 4).permute(
+        0, 5, 1, 6, 7, 2, 4, 9, 8, 3, 10
+    )
+    if not isinstance(weight, W4Weight):
+        return steps.reshape(rows, columns, 2, -1).view(torch.uint8)
+    packed = (steps[:, :, :, :, 0] | steps[:, :, :, :, 1] << 4).reshape(rows, columns, 2, -1)
+    if weight.group_size == -1:
         return packed.contiguous()
-    scales = torch.cat([packed, _pack_scales(weight, rows, columns)], dim=-1)
-    return scales.contiguous()
+    return torch.cat([packed, _pack_scales(weight, rows, columns)], dim=-1).contiguous()
 
 
 def _pack_scales(weight: W4Weight, rows: int, columns: int) -> Tensor:

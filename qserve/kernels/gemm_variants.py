@@ -27,25 +27,37 @@ OPERANDS = "(6P5i)"
 
 @dataclass(frozen=True)
 class Policy:
-    """How packed codes become what the tensor cores multiply.
+    """How packed weights become what the tensor cores multiply.
 
-    group_size: 64 | 128, or -1 for per-channel codes, whose zero points the epilogue takes off, in
-    float64 where they are fractional.
+    bits: 4 | 8. group_size: 64 | 128 for two-level 4-bit weights, else -1. fractional_zeros: the zero
+    points of per-channel 4-bit codes are not all integers, so the epilogue takes them off in float64.
     """
 
-    group_size: int
+    bits: int = 4
+    group_size: int = -1
     fractional_zeros: bool = False
 
     @property
-    def per_channel(self) -> bool:
-        """Whether codes are multiplied as they are."""
-        return self.group_size == -1
+    def name(self) -> str:
+        """The weight format as the tile tables call it."""
+        if self.bits == 8:
+            return "int8"
+        return "channel" if self.group_size == -1 else "group"
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether codes are multiplied as they are, and zero points left to the epilogue."""
+        return self.bits == 4 and self.group_size == -1
+
+    @property
+    def groups(self) -> int:
+        """Level-2 scales per row and block."""
+        return 0 if self.group_size == -1 else BLOCK // self.group_size
 
     @property
     def slab_bytes(self) -> int:
         """Bytes of 64 rows x 128 columns with their level-2 scales."""
-        groups = 0 if self.per_channel else BLOCK // self.group_size
-        return SLAB_ROWS * BLOCK // 2 + groups * SLAB_ROWS * 2
+        return SLAB_ROWS * (BLOCK * self.bits // 8 + 2 * self.groups)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class _Design:
 def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool) -> Kernel:
     """The variant for a tile, a weight format and an output type."""
     design = _DESIGNS[tile.kind](tile, policy)
-    offset = 0 if policy.per_channel else design.weight_offset
+    offset = _weight_offset(design, policy)
     on_hopper = tile.kind != "portable"
     return Kernel(
         f"w4a8_gemm_{tile.kind}{'_sm90' if on_hopper else ''}.cu",
@@ -86,13 +98,21 @@ def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool) -> Kernel:
             "STAGES": design.stages,
             "SHARED_BYTES": design.shared_bytes,
             "BLOCKS_PER_MULTIPROCESSOR": design.blocks_per_multiprocessor,
-            "PER_CHANNEL": policy.per_channel,
-            "GROUP_SIZE": BLOCK if policy.per_channel else policy.group_size,
+            "WEIGHT_BITS": policy.bits,
+            "GROUP_SIZE": max(policy.group_size, 0),
+            "HAS_ZEROS": policy.has_zeros,
             "WEIGHT_OFFSET": offset,
             "FRACTIONAL_ZEROS": policy.fractional_zeros,
             "OUTPUT_BFLOAT16": bfloat16,
         },
     )
+
+
+def _weight_offset(design: _Design, policy: Policy) -> int:
+    """What the multiplied bytes have too much beside zero points."""
+    if policy.has_zeros:
+        return 0
+    return 128 if policy.bits == 8 else design.weight_offset
 
 
 def _large(tile: Tile, policy: Policy) -> _Design:

@@ -8,11 +8,11 @@ A kernel variant is declared once, at module level or in a cached factory, and c
 
 `parameters` has one letter of `struct` per C parameter: P pointer (a tensor or None), i int, q long
 long, f float, 128s a `TensorMap` (see `tensor_map`); in parentheses, a struct passed by value, whose
-fields follow each other in `arguments`. `constants` become `constexpr
-int` lines before the source, after the numbers of `formats.layout`; `#include "x.cuh"` is resolved
-inside `csrc/`. NVRTC compiles at the first launch (or in `warm_up`), and the cubin is kept on disk
-under a hash of everything that went into it. Launches go to torch's current stream and may be
-captured in CUDA graphs. Nothing of CUDA is imported here before a kernel is compiled or launched.
+fields follow each other in `arguments`. `constants` become `constexpr int` lines before the source,
+after the numbers of `formats.layout`; `#include "x.cuh"` is resolved inside `csrc/`. NVRTC compiles
+at the first launch (or in `warm_up`), and the cubin is kept on disk under a hash of everything that
+went into it. Launches go to torch's current stream and may be captured in CUDA graphs. Nothing of
+CUDA is imported here before a kernel is compiled or launched.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def _inline(name: str, seen: set[str]) -> str:
 
     def replace(match: re.Match[str]) -> str:
         included = "" if match[1] in seen else _inline(match[1], seen)
-        return f'{included}\n#line {text.count(chr(10), 0, match.end()) + 1} "{name}"'
+        return f'{included}\n#line {text.count(chr(10), 0, match.end()) + 2} "{name}"'
 
     return f'#line 1 "{name}"\n' + _INCLUDE.sub(replace, text)
 

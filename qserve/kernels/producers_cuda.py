@@ -20,6 +20,7 @@ _PARAMETERS = {
     "silu_mul_quantize": "P(3P)",
     "quantize_per_token": "P(3P)",
 }
+PRODUCERS = tuple(_PARAMETERS)
 
 
 def rms_norm(

@@ -1,6 +1,6 @@
 // From int32 accumulators to 16-bit outputs, rounded exactly as the reference rounds.
 #pragma once
-#include "ptx.cuh"
+#include "half.cuh"
 
 // What the kernel is given beside the tiles. Row arrays cover the padded rows, `bias` only N.
 struct Operands {
@@ -22,22 +22,15 @@ struct Token {
   int sum;
 };
 
-DEVICE float unpack_output(uint16 bits) {
-  float value;
-  if (OUTPUT_BFLOAT16) return __uint_as_float(static_cast<uint32>(bits) << 16);
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
-
 // Adding a negative zero changes no float, so a missing bias needs no branch later.
 DEVICE float load_bias(const Operands& operands, int row) {
   if (operands.bias == nullptr || row >= operands.rows) return -0.0f;
   if (operands.bias_is_float) return static_cast<const float*>(operands.bias)[row];
-  return unpack_output(static_cast<const uint16*>(operands.bias)[row]);
+  return unpack_pair<OUTPUT_BFLOAT16>(static_cast<const uint16*>(operands.bias)[row]).x;
 }
 
 DEVICE Row load_row(const Operands& operands, int row) {
-  return {operands.row_scale[row], PER_CHANNEL ? operands.row_zero[row] : 0.0f,
+  return {operands.row_scale[row], HAS_ZEROS ? operands.row_zero[row] : 0.0f,
           load_bias(operands, row)};
 }
 
@@ -46,27 +39,17 @@ DEVICE Token load_token(const Operands& operands, int token) {
   return {operands.token_scale[token], operands.token_sum[token]};
 }
 
-// Takes off what was added to every weight: a zero point, or the 128 that makes a byte unsigned.
+// Takes off what every weight has too much: a zero point, or the 128 that makes a byte unsigned.
 DEVICE float without_offset(int accumulator, const Row& row, const Token& token) {
   if (FRACTIONAL_ZEROS) {
     const double offset = __dmul_rn(token.sum, row.zero);
     return __double2float_rn(__dsub_rn(accumulator, offset));
   }
-  const int offset = PER_CHANNEL ? static_cast<int>(row.zero) : WEIGHT_OFFSET;
+  const int offset = HAS_ZEROS ? static_cast<int>(row.zero) : WEIGHT_OFFSET;
   return __int2float_rn(accumulator - offset * token.sum);
 }
 
 DEVICE float finish(int accumulator, const Row& row, const Token& token) {
   const float scaled = __fmul_rn(without_offset(accumulator, row, token), row.scale);
   return __fadd_rn(__fmul_rn(scaled, token.scale), row.bias);
-}
-
-DEVICE uint32 pack_outputs(float low, float high) {
-  uint32 packed;
-  if (OUTPUT_BFLOAT16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
 }

@@ -50,7 +50,7 @@ constexpr int BARRIER_BYTES = STAGES * 16;
 template <int HALVES>
 DEVICE void load_fragment(PackedFragment<HALVES>& packed, uint32 slab, int first_half) {
   const int thread = threadIdx.x % 128, row_pair = thread / 32 * 8 + thread % 32 / 4;
-  packed.load(slab + thread * 16, HALF_BYTES, slab + CODE_BYTES + row_pair * 4, GROUP_BYTES,
+  packed.load(slab + thread * 16, LOAD_BYTES, slab + CODE_BYTES + row_pair * 4, GROUP_BYTES,
               first_half);
 }
 

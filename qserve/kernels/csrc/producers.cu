@@ -1,29 +1,12 @@
 // The ops that make a linear's int8 input. One block holds one token's row in registers, so every
 // value is read once and written once.
-#include "ptx.cuh"
+#include "half.cuh"
 
 constexpr int WIDTH = 8;  // elements of a 16-byte vector
 constexpr int VECTORS = COLUMNS / WIDTH;
 constexpr int PER_THREAD = (VECTORS + THREADS - 1) / THREADS;
 constexpr int WARPS = THREADS / 32;
 static_assert(COLUMNS % WIDTH == 0, "rows are read in vectors of 16 bytes");
-
-DEVICE float2 unpack(uint32 pair) {
-  if (BFLOAT16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
-  float2 v;
-  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;}"
-      : "=f"(v.x), "=f"(v.y) : "r"(pair));
-  return v;
-}
-
-DEVICE uint32 pack(float low, float high) {
-  uint32 pair;
-  if (BFLOAT16)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 
 // One thread's part of a row: vectors thread, thread + THREADS, ...; what lies past the end is zero.
 struct Values {
@@ -41,13 +24,7 @@ struct Values {
 };
 
 DEVICE void load_vector(float (&values)[WIDTH], const uint16* row, int vector) {
-  const uint4 raw = reinterpret_cast<const uint4*>(row)[vector];
-  const uint32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float2 pair = unpack(words[i]);
-    values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
-  }
+  unpack_vector<BFLOAT16>(reinterpret_cast<const uint4*>(row)[vector], values);
 }
 
 DEVICE void load_vector(float (&values)[WIDTH], const float* row, int vector) {
@@ -56,9 +33,7 @@ DEVICE void load_vector(float (&values)[WIDTH], const float* row, int vector) {
 }
 
 DEVICE void store_vector(uint16* row, int vector, const float (&values)[WIDTH]) {
-  reinterpret_cast<uint4*>(row)[vector] =
-      make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
-                 pack(values[6], values[7]));
+  reinterpret_cast<uint4*>(row)[vector] = pack_vector<BFLOAT16>(values);
 }
 
 struct Add {
@@ -137,7 +112,7 @@ DEVICE void normalize_row(Values& values, const uint16* x, const uint16* residua
       load_vector(added, residual + start, vector);
 #pragma unroll
       for (int i = 0; i < WIDTH; i += 2) {
-        const float2 rounded = unpack(pack(v[i] + added[i], v[i + 1] + added[i + 1]));
+        const float2 rounded = unpack_pair<BFLOAT16>(pack_pair<BFLOAT16>(v[i] + added[i], v[i + 1] + added[i + 1]));
         v[i] = rounded.x, v[i + 1] = rounded.y;
       }
       store_vector(total + start, vector, v);

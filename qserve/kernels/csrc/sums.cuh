@@ -69,8 +69,8 @@ struct Finish {
                                              int index, const Token& terms) const {
     if (index >= share_start + SHARE_TOKENS || first_token + index >= operands.tokens) return;
     const int4 sum = add_parts(sums + (index * PITCH + row() - first_row) * 4);
-    const uint32 low = pack_outputs(finish(sum.x, rows[0], terms), finish(sum.y, rows[1], terms));
-    const uint32 high = pack_outputs(finish(sum.z, rows[2], terms), finish(sum.w, rows[3], terms));
+    const uint32 low = pack_pair<OUTPUT_BFLOAT16>(finish(sum.x, rows[0], terms), finish(sum.y, rows[1], terms));
+    const uint32 high = pack_pair<OUTPUT_BFLOAT16>(finish(sum.z, rows[2], terms), finish(sum.w, rows[3], terms));
     const int64 start = static_cast<int64>(first_token + index) * operands.rows + row();
     *reinterpret_cast<uint2*>(output + start) = make_uint2(low, high);
   }

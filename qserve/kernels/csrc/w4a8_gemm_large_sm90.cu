@@ -231,7 +231,7 @@ DEVICE void stage_chunk(const int* first, uint32 terms, const Row (&rows)[2], ui
                                {__uint_as_float(raw.z), static_cast<int>(raw.w)}};
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        packed[part * 2 + r] = pack_outputs(finish(sums[r * 2], rows[r], tokens[0]),
+        packed[part * 2 + r] = pack_pair<OUTPUT_BFLOAT16>(finish(sums[r * 2], rows[r], tokens[0]),
                                             finish(sums[r * 2 + 1], rows[r], tokens[1]));
     }
     store_matrices_transposed(buffer + (step * 16 + token) * BLOCK + column, packed);

@@ -11,8 +11,8 @@ constexpr int THREADS = PART_THREADS * INTERLEAVE;
 constexpr int FINISHING_THREADS = THREADS;
 #include "sums.cuh"
 
-constexpr int STRIP_BYTES = 512;             // codes of 16 rows x 64 columns
-constexpr int WARP_CODE_BYTES = 2 * STRIPS * STRIP_BYTES;
+constexpr int STRIP_BYTES = 512;             // of one load, by a warp for 16 rows
+constexpr int WARP_CODE_BYTES = 2 * LOADS * STRIPS * STRIP_BYTES;
 constexpr int WARP_SCALE_BYTES = STRIPS * 8 * 4;  // of one group
 constexpr int TOKEN_BYTES = TOKENS * BLOCK;
 constexpr int PART_STAGE_BYTES =
@@ -48,11 +48,11 @@ DEVICE void copy_weights(uint32 codes, const Operands& operands, const Place& pl
   const int row = place.first_row + place.warp * WARP_ROWS, strip = row % SLAB_ROWS / 16;
   const uint8* slab = slab_address(operands.weight, row / SLAB_ROWS, block, operands.k_blocks);
 #pragma unroll
-  for (int half = 0; half < 2; half++)
+  for (int load = 0; load < 2 * LOADS; load++)
 #pragma unroll
     for (int s = 0; s < STRIPS; s++)
-      copy_async_16(codes + (half * STRIPS + s) * STRIP_BYTES + place.lane * 16,
-                    slab + half * HALF_BYTES + (strip + s) * STRIP_BYTES + place.lane * 16, true);
+      copy_async_16(codes + (load * STRIPS + s) * STRIP_BYTES + place.lane * 16,
+                    slab + load * LOAD_BYTES + (strip + s) * STRIP_BYTES + place.lane * 16, true);
   constexpr int chunks = WARP_SCALE_BYTES / 16;
   if (place.lane < GROUPS * chunks) {
     const int group = place.lane / chunks, chunk = place.lane % chunks;
