@@ -98,16 +98,19 @@ def read_weight(source: WeightSource, linear: str) -> Tensor | QuantizedWeight:
     """The weight of one unfused linear, by its full name, as it is stored."""
     suffixes = _weight_suffixes(source.names(), linear)
     tensors = {suffix: source.tensor(f"{linear}.{suffix}") for suffix in suffixes}
+    ours = "qserve" in (source.quantization or {})
     try:
-        return _weight_of(tensors, linear)
+        return _weight_of(tensors, linear, ours)
     except FormatError as error:
         named = str(error) if linear in str(error) else f"{linear}: {error}"
         raise ModelError(named) from error
 
 
-def _weight_of(tensors: dict[str, Tensor], linear: str) -> Tensor | QuantizedWeight:
+def _weight_of(tensors: dict[str, Tensor], linear: str, ours: bool) -> Tensor | QuantizedWeight:
+    """The order of foreign level-2 scales has to be found out; ours is known."""
     if "qweight" in tensors:
-        return W4Weight(**tensors).validate(linear).in_kernel_order()
+        weight = W4Weight(**tensors).validate(linear)
+        return weight if ours else weight.in_kernel_order()
     if "dequant_scale" in tensors:
         return W8Weight(tensors["weight"], tensors["dequant_scale"].float()).validate(linear)
     return tensors["weight"]
