@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 import qserve
 from qserve.cli.bench import bench, kernels
-from qserve.cli.model import display_name, load_engine
+from qserve.cli.model import display_name, load_engine, quantize_model
 from qserve.cli.options import KVBits, Model, Precision, bits_of
 
 app = typer.Typer(
@@ -42,6 +42,30 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the checkpoint goes.")],
+    recipe: Annotated[str | None, typer.Option(help="How to quantize.")] = None,
+    group_size: Annotated[
+        Literal["auto", "64", "128", "-1"], typer.Option(help="Weights per scale; -1: a channel's.")
+    ] = "auto",
+    calibration: Annotated[
+        str | None, typer.Option(help="A text file or a hub data set to calibrate with.")
+    ] = None,
+) -> None:
+    """Quantize a model to W4A8KV4; an existing checkpoint is replaced once the new one is whole."""
+    from qserve.models.source import open_source
+
+    options: dict[str, str | int | None] = {
+        "recipe": recipe,
+        "group_size": None if group_size == "auto" else int(group_size),
+        "calibration": calibration,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    quantize_model(open_source(model), output, **given)
 
 
 @app.command()

@@ -78,7 +78,20 @@ def _files(source: WeightSource) -> Iterator[Path]:
         yield from sorted(path for path in source.directory.iterdir() if path.is_file())
 
 
-def quantize_model(source: WeightSource, directory: Path) -> None:
+def quantize_model(source: WeightSource, directory: Path, **options: str | int) -> None:
+    """Quantize with the recipe's own settings, but for the options given."""
     from qserve.quant.pipeline import quantize
 
-    quantize(source, directory)
+    _check_replaceable(directory, source)
+    quantize(source, directory, **options)
+
+
+def _check_replaceable(directory: Path, source: WeightSource) -> None:
+    """Refuse to replace what is no checkpoint, or the very model that is read."""
+    if not directory.exists():
+        return
+    if any(path.resolve().parent == directory.resolve() for path in _files(source)):
+        raise ConfigError(f"{directory} holds the model itself; name another directory")
+    is_checkpoint = (directory / "config.json").is_file()
+    if not directory.is_dir() or (any(directory.iterdir()) and not is_checkpoint):
+        raise ConfigError(f"{directory} exists and is not a checkpoint; name another directory")
