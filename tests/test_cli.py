@@ -29,6 +29,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Some text that is scored token by token. " * 10)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -62,6 +69,48 @@ def test_version(capsys: Captured) -> None:
 def test_help_needs_no_torch() -> None:
     program = "import sys, qserve.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Quantize.
+
+
+def test_quantize_and_evaluate(capsys: Captured, tmp_path: Path, model: Path, text: Path) -> None:
+    output = tmp_path / "checkpoint"
+    assert run("quantize", model, "-o", output, "--group-size", 64) == 0
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["wbits"], config["group_size"]) == ("qoq", 4, 64)
+    capsys.readouterr()
+    arguments = ("--text", text, "--seq-len", 50, "--json")
+    results = []
+    for path in (model, output):
+        assert run("evaluate", "perplexity", path, *arguments) == 0
+        results.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert 1e-4 < abs(results[1] / results[0] - 1) < 0.5
+
+
+def test_quantize_replaces_nothing_but_checkpoints(
+    capsys: Captured, tmp_path: Path, model: Path
+) -> None:
+    (tmp_path / "homework.txt").write_text("essay")
+    for output in (tmp_path, tmp_path / "homework.txt"):
+        assert "not a checkpoint" in error_of(capsys, "quantize", model, "-o", output)
+    assert "holds the model itself" in error_of(capsys, "quantize", model, "-o", model)
+    assert (tmp_path / "homework.txt").read_text() == "essay"
+    assert (model / "model.safetensors").is_file()
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, model: Path) -> None:
+    output = tmp_path / "checkpoint"
+    output.mkdir()
+    (output / "config.json").write_text("the old one")
+    program = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (60_000, 60_000))"
+    program += "; from qserve.cli import main; main()"
+    command = [sys.executable, "-c", program, "quantize", str(model), "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+    assert (output / "config.json").read_text() == "the old one"
 
 
 # Generate.
@@ -101,13 +150,6 @@ def test_unquantized_model_is_quantized_once(capsys: Captured, tmp_path: Path) -
 
 
 # Evaluate.
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("Some text that is scored token by token. " * 10)
-    return path
 
 
 def test_perplexity_as_json(capsys: Captured, model: Path, text: Path) -> None:
