@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qserve.benchmark.workloads import FAMILIES, activation, cuda_weights
+from qserve.benchmark.workloads import FAMILIES, activation, cuda_copies, random_weight
 from qserve.kernels.gemm_cuda import CudaWeight
 from qserve.kernels.gemm_variants import gemm_kernel
 from qserve.kernels.jit import warm_up
@@ -56,9 +56,7 @@ def main() -> None:
     times: dict[str, list[object]] = {}
     for rows, columns in shapes:
         for weight_format, group_size in (("group", 128), ("channel", -1)):
-            if group_size == 128 and columns % 128:
-                group_size = 64
-            weights = cuda_weights(rows, columns, group_size)
+            weights = cuda_copies(random_weight(rows, columns, group_size))
             chosen: list[object] = []
             for tokens in TOKENS:
                 measured = measure(weights, tokens)

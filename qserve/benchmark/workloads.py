@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
-from qserve.formats.weight import fit_grid
+from qserve.formats.weight import W4Weight, fit_grid
 from qserve.kernels.gemm_cuda import CudaWeight
 from qserve.testing.timing import copies_beyond_cache
 
@@ -47,10 +47,16 @@ def activation(tokens: int, columns: int) -> QuantizedActivation:
     return quantize_activation(torch.randn(tokens, columns, device="cuda"))
 
 
-def cuda_weights(rows: int, columns: int, group_size: int) -> list[CudaWeight]:
-    """Gaussian weights [rows, columns], as many copies as no cache holds."""
+def random_weight(rows: int, columns: int, group_size: int) -> W4Weight:
+    """Gaussian weights [rows, columns], rounded; groups of 64 where 128 does not divide columns."""
     weight = torch.randn(rows, columns, device="cuda")
-    grid = fit_grid(weight, group_size)
-    first = CudaWeight.prepare(grid.pack(grid.quantize(weight)), weight.device)
+    fits = group_size == -1 or columns % group_size == 0
+    grid = fit_grid(weight, group_size if fits else 64)
+    return grid.pack(grid.quantize(weight))
+
+
+def cuda_copies(weight: W4Weight) -> list[CudaWeight]:
+    """The weight for the kernels, as many times as no cache holds."""
+    first = CudaWeight.prepare(weight, weight.qweight.device)
     copies = copies_beyond_cache(first.packed.nbytes)
     return [first] + [replace(first, packed=first.packed.clone()) for _ in range(copies - 1)]

@@ -36,6 +36,29 @@ def throughput(
             print(f"{name.replace('_', ' '):28} {value:,.6g}")
 
 
+@bench.command("kernels")
+def kernels_(
+    family: Annotated[
+        list[str] | None, typer.Option(help="Such as llama-3-8b; may be repeated. Default: all.")
+    ] = None,
+    sustained: Annotated[
+        bool, typer.Option(help="Time long runs at the power cap instead, with clock and power.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Linears and producers against the libraries' kernels and the hardware's ceilings."""
+    from qserve.benchmark.kernels import bench_kernels, bench_sustained
+    from qserve.benchmark.workloads import FAMILIES
+
+    unknown = set(family or ()) - set(FAMILIES)
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: not one of {', '.join(FAMILIES)}")
+    if sustained:
+        bench_sustained()
+    else:
+        bench_kernels(tuple(family or FAMILIES), as_json=as_json)
+
+
 @kernels.command("compile")
 def compile_(
     arch: Annotated[list[str], typer.Option(help="Such as sm_80 or sm_90a; may be repeated.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,4 +58,31 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    return float(start.elapsed_time(end)) * 1e3
+
+
+def sustained(peers: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, dict[str, float]]:
+    """Each peer's calls, over and over for `seconds`, in both orders: the means of microseconds for
+    all of its calls once, of the clock in megahertz and of the power in watts, half-way through."""
+    graphs = {name: _capture(calls) for name, calls in peers.items()}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
+    for name in (*graphs, *reversed(graphs)):
+        runs[name].append(_run_for(graphs[name], seconds))
+    return {
+        name: {key: statistics.mean(run[key] for run in taken) for key in taken[0]}
+        for name, taken in runs.items()
+    }
+
+
+def _run_for(graph: torch.cuda.CUDAGraph, seconds: float) -> dict[str, float]:
+    replays = max(1, int(seconds / (_replay(graph) * 1e-6)))
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    time.sleep(seconds / 2)
+    clock, watts = float(torch.cuda.clock_rate()), torch.cuda.power_draw() / 1e3
+    end.synchronize()
+    elapsed = start.elapsed_time(end) * 1e3 / replays
+    return {"microseconds": elapsed, "megahertz": clock, "watts": watts}
