@@ -31,7 +31,7 @@ QUERY_TILE = 8
 
 WORK_ITEM_INTS = 8
 _READERS = 8
-_MERGERS = 3
+_MERGERS = 4
 _MAX_PAGES_PER_READER = 3
 
 
@@ -98,10 +98,21 @@ class DecodeShape:
         readers = self.readers
         return min(self._pages_that_fit(readers) // readers, _MAX_PAGES_PER_READER) * readers
 
+    @property
+    def used_bytes(self) -> int:
+        """Shared memory of a block; what it leaves, small kernels beside it may use."""
+        return self.readers * self._deposit_bytes + self.stages * self._stage_bytes + 16
+
+    @property
+    def _stage_bytes(self) -> int:
+        return self.kv_format.block_bytes + 16
+
+    @property
+    def _deposit_bytes(self) -> int:
+        return self.rows * ((self.kv_format.head_dim + 4) * 4 + 8) + 16
+
     def _pages_that_fit(self, readers: int) -> int:
-        deposit = self.rows * ((self.kv_format.head_dim + 4) * 4 + 8) + 16
-        available = self.shared_bytes - readers * deposit - 16
-        return available // (self.kv_format.block_bytes + 16)
+        return (self.shared_bytes - readers * self._deposit_bytes - 16) // self._stage_bytes
 
 
 @cache
@@ -110,9 +121,9 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
     return Kernel(
         "decode_attention.cu",
         "decode_attention",
-        parameters="(8P2if)",
+        parameters="(5Pi3P2if)",
         threads=(shape.readers + _MERGERS + 1) * 32,
-        shared_bytes=shape.shared_bytes,
+        shared_bytes=shape.used_bytes,
         overlap=shape.overlap,
         constants={
             "BITS": shape.kv_format.bits,
@@ -124,7 +135,7 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
             "WARPS": shape.readers,
             "MERGERS": _MERGERS,
             "STAGES": shape.stages,
-            "SHARED_BYTES": shape.shared_bytes,
+            "SHARED_BYTES": shape.used_bytes,
             "BFLOAT16": shape.dtype == torch.bfloat16,
         },
     )
@@ -214,9 +225,9 @@ def _decode(
     shape = DecodeShape(kv_format, heads, q.dtype, _shared_bytes(device), overlap=not fresh)
     outputs = len(plan.splits) * plan.max_splits * heads * head_dim
     partials = (plan.partials, plan.partials[outputs:]) if plan.max_splits > 1 else (None, None)
-    pointers = (q, pool, batch.page_table, plan.items, plan.item_count, out, *partials)
+    inputs = (q, pool, batch.page_table, plan.items, plan.item_count, len(plan.items))
     sizes = (batch.page_table.shape[1], plan.max_splits, scale * math.log2(math.e))
-    decode_kernel(shape)(device, (_multiprocessors(device),), (*pointers, *sizes))
+    decode_kernel(shape)(device, (_multiprocessors(device),), (*inputs, out, *partials, *sizes))
     if plan.max_splits > 1:
         grid = (-(-heads // 4), len(plan.splits))
         arguments = (*partials, plan.splits, batch.query_start, out, plan.max_splits)

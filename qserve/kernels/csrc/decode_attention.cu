@@ -1,6 +1,6 @@
 // Attention of one query per sequence over quantized pages. A block is WARPS readers, each of which
-// works through whole pages, MERGERS that combine what the readers found of a piece of work, and one
-// warp that fetches; they meet at barriers in shared memory, never all at once.
+// works through whole pages, MERGERS that combine what the readers found of a piece of work, and
+// one warp that fetches; they meet at barriers in shared memory, never all at once.
 #include "decode_page.cuh"
 #include "decode_schedule.cuh"
 #include "page_ring.cuh"
@@ -13,8 +13,7 @@ struct Arguments {
   const uint16* q;
   const uint8* pool;
   const int* page_table;
-  const WorkItem* items;
-  const int* item_count;
+  WorkList work;
   uint16* out;
   float* partials;       // [sequence, split, query head, HEAD_DIM] where there are several splits
   float2* partial_sums;  // (maximum, weights) of each
@@ -34,7 +33,9 @@ extern __shared__ uint8 shared_memory[];
 DEVICE Shared& shared() { return *reinterpret_cast<Shared*>(shared_memory); }
 
 template <class T>
-DEVICE uint32 address(const T& object) { return shared_address(&object); }
+DEVICE uint32 address(const T& object) {
+  return shared_address(&object);
+}
 
 DEVICE void init_barriers() {
   for (int i = threadIdx.x; i < STAGES; i += THREADS) {
@@ -52,20 +53,22 @@ DEVICE void init_barriers() {
   __syncthreads();
 }
 
-// Pages of earlier steps are fetched before the preceding kernel, which may append to the newest page,
-// has ended.
+// Pages of earlier steps are fetched before the preceding kernel, which may append to the newest
+// page, has ended.
 DEVICE void fetch(const Arguments& arguments) {
   const int lane = threadIdx.x % 32;
   RingPosition position = {0, 0};
-  for_each_work(arguments.items, arguments.item_count, [&](const Work& work, int) {
+  for_each_work(arguments.work, [&](const Work& work, int) {
     const WorkItem& item = work.item;
-    const int* ids = arguments.page_table + static_cast<int64>(item.sequence) * arguments.table_width;
+    const int* ids =
+        arguments.page_table + static_cast<int64>(item.sequence) * arguments.table_width;
     const int newest = (item.end - 1) / PAGE_TOKENS;
     for (int base = 0; base < item.pages; base += 32) {
       const int own = item.first_page + min(base + lane, item.pages - 1);
       const int id = __ldg(ids + own);
       for (int i = 0; i < min(32, item.pages - base); i++) {
-        const int64 block = static_cast<int64>(__shfl_sync(FULL_WARP, id, i)) * KV_HEADS + work.kv_head;
+        const int64 block =
+            static_cast<int64>(__shfl_sync(FULL_WARP, id, i)) * KV_HEADS + work.kv_head;
         if (item.first_page + base + i == newest) wait_for_predecessor();
         barrier_wait(address(shared().empty[position.stage]), position.phase ^ 1);
         fetch_block(address(shared().pages[position.stage]), arguments.pool + block * BLOCK_BYTES,
@@ -89,9 +92,11 @@ DEVICE void deposit(Attention& attention, int reader) {
 #pragma unroll
     for (int i = 0; i < K_STEPS; i += 2) {
       const auto value = [&](int step, int odd) {
-        return fmaf(attention.output[i + step][2 * odd + head], odd ? CODE_UNIT * ODD_PAIR : CODE_UNIT, offset);
+        return fmaf(attention.output[i + step][2 * odd + head],
+                    odd ? CODE_UNIT * ODD_PAIR : CODE_UNIT, offset);
       };
-      float4* channels = reinterpret_cast<float4*>(&shared().deposits[reader][row][16 * i + 4 * group]);
+      float4* channels =
+          reinterpret_cast<float4*>(&shared().deposits[reader][row][16 * i + 4 * group]);
       *channels = {value(0, 0), value(0, 1), value(1, 0), value(1, 1)};
     }
   }
@@ -102,7 +107,7 @@ DEVICE void attend(const Arguments& arguments, int reader) {
   uint32 drained_phase = 1;
   const bool leader = threadIdx.x % 32 == 0;
   wait_for_predecessor();
-  for_each_work(arguments.items, arguments.item_count, [&](const Work& work, int turn) {
+  for_each_work(arguments.work, [&](const Work& work, int turn) {
     const WorkItem& item = work.item;
     const int first = (reader + WARPS - turn) % WARPS;
     if (first >= item.pages) return;
@@ -114,7 +119,8 @@ DEVICE void attend(const Arguments& arguments, int reader) {
     for (int page = first; page < item.pages; page += WARPS) {
       const int token = (item.first_page + page) * PAGE_TOKENS;
       barrier_wait(address(shared().full[position.stage]), position.phase);
-      attend_page(attention, address(shared().pages[position.stage]), item.begin - token, item.end - token, query);
+      attend_page(attention, address(shared().pages[position.stage]), item.begin - token,
+                  item.end - token, query);
       __syncwarp();
       if (leader) barrier_arrive(address(shared().empty[position.stage]));
       position.advance(WARPS);
@@ -135,13 +141,15 @@ struct Merged {
   __device__ __forceinline__ Merged(int row, int channel, int turn, int parts) {
 #pragma unroll
     for (int part = 0; part < WARPS; part++)
-      if (part < parts) maximum = fmaxf(maximum, shared().deposit_sums[(turn + part) % WARPS][row].x);
+      if (part < parts)
+        maximum = fmaxf(maximum, shared().deposit_sums[(turn + part) % WARPS][row].x);
 #pragma unroll
     for (int part = 0; part < WARPS; part++) {
       if (part >= parts) continue;
       const int reader = (turn + part) % WARPS;
       const float2 sums = shared().deposit_sums[reader][row];
-      const float4 value = *reinterpret_cast<const float4*>(&shared().deposits[reader][row][channel]);
+      const float4 value =
+          *reinterpret_cast<const float4*>(&shared().deposits[reader][row][channel]);
       const float share = power_of_two(sums.x - maximum);
       weights = fmaf(share, sums.y, weights);
       output.x = fmaf(share, value.x, output.x), output.y = fmaf(share, value.y, output.y);
@@ -150,16 +158,21 @@ struct Merged {
   }
 };
 
-DEVICE void store_merged(const Arguments& arguments, const WorkItem& item, int head, int channel, const Merged& merged) {
+DEVICE void store_merged(const Arguments& arguments, const WorkItem& item, int head, int channel,
+                         const Merged& merged) {
   if (item.splits > 1) {
-    const int64 part = (static_cast<int64>(item.sequence) * arguments.max_splits + item.split) * QUERY_HEADS + head;
+    const int64 part =
+        (static_cast<int64>(item.sequence) * arguments.max_splits + item.split) * QUERY_HEADS +
+        head;
     *reinterpret_cast<float4*>(arguments.partials + part * HEAD_DIM + channel) = merged.output;
     if (channel == 0) arguments.partial_sums[part] = {merged.maximum, merged.weights};
     return;
   }
-  const float norm = merged.weights > 0 ? 1.0f / merged.weights : 0.0f;  // zeros where there is no context
+  // Where there is no context, zeros.
+  const float norm = merged.weights > 0 ? 1.0f / merged.weights : 0.0f;
   const float4 value = merged.output;
-  uint16* target = arguments.out + (static_cast<int64>(item.row) * QUERY_HEADS + head) * HEAD_DIM + channel;
+  uint16* target =
+      arguments.out + (static_cast<int64>(item.row) * QUERY_HEADS + head) * HEAD_DIM + channel;
   *reinterpret_cast<uint2*>(target) = {pack_pair<BFLOAT16>(value.x * norm, value.y * norm),
                                        pack_pair<BFLOAT16>(value.z * norm, value.w * norm)};
 }
@@ -168,7 +181,7 @@ DEVICE void merge(const Arguments& arguments) {
   const int thread = threadIdx.x - WARPS * 32, lane = threadIdx.x % 32;
   uint32 phases = 0;  // bit r: the parity of reader r's next deposit
   wait_for_predecessor();
-  for_each_work(arguments.items, arguments.item_count, [&](const Work& work, int turn) {
+  for_each_work(arguments.work, [&](const Work& work, int turn) {
     const int parts = min(work.item.pages, WARPS);
     for (int part = 0; part < parts; part++) {
       const int reader = (turn + part) % WARPS;
@@ -177,14 +190,16 @@ DEVICE void merge(const Arguments& arguments) {
     }
     for (int i = thread; i < work.rows() * HEAD_DIM / 4; i += MERGERS * 32) {
       const int row = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
-      store_merged(arguments, work.item, work.query_head() + row, channel, Merged(row, channel, turn, parts));
+      store_merged(arguments, work.item, work.query_head() + row, channel,
+                   Merged(row, channel, turn, parts));
     }
     __syncwarp();
     if (lane < parts) barrier_arrive(address(shared().drained[(turn + lane) % WARPS]));
   });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const Arguments arguments) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    decode_attention(const Arguments arguments) {
   init_barriers();
   launch_dependents();
   const int warp = warp_index();

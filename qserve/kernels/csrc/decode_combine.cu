@@ -21,7 +21,8 @@ struct alignas(WIDTH * 4) Channels {
 DEVICE float share_of(float2 sums) {
   float maximum = sums.x;
 #pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, lane));
+  for (int lane = 16; lane > 0; lane /= 2)
+    maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, lane));
   const float share = power_of_two(sums.x - maximum);
   float total = share * sums.y;
 #pragma unroll
@@ -30,7 +31,8 @@ DEVICE float share_of(float2 sums) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) decode_combine(const Arguments arguments) {
-  const int sequence = blockIdx.y, head = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int sequence = blockIdx.y, head = blockIdx.x * WARPS + threadIdx.x / 32,
+            lane = threadIdx.x % 32;
   const int splits = arguments.splits[sequence], row = arguments.query_start[sequence];
   launch_dependents();
   wait_for_predecessor();
@@ -38,7 +40,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode_combine(const Ar
   const int64 first = static_cast<int64>(sequence) * arguments.max_splits * QUERY_HEADS + head;
   const float share = share_of(lane < splits ? arguments.partial_sums[first + lane * QUERY_HEADS]
                                              : float2{minus_infinity(), 0.0f});
-  const Channels* part = reinterpret_cast<const Channels*>(arguments.partials + first * HEAD_DIM) + lane;
+  const Channels* part =
+      reinterpret_cast<const Channels*>(arguments.partials + first * HEAD_DIM) + lane;
   Channels sum = {};
 #pragma unroll 16
   for (int split = 0; split < splits; split++) {

@@ -1,25 +1,26 @@
 // One warp, one page: scores, online softmax and weighted values of up to eight query heads.
 //
-// Both products have pages as the M = 16 operand and query heads on N = 8. A thread's accumulators are
-// tokens 8 group .. 8 group + 7 (scores) or channels (outputs) of heads 2 column and 2 column + 1, where
-// group = lane / 4 and column = lane % 4.
+// Both products have pages as the M = 16 operand and query heads on N = 8. A thread's accumulators
+// are tokens 8 group .. 8 group + 7 (scores) or channels (outputs) of two heads, 2 column and
+// 2 column + 1, where group = lane / 4 and column = lane % 4.
 //
-// Codes are never converted: the bits of a code alone are a float16 subnormal, code * 2^-24 (16 times
-// that where the code lies four bits up), which tensor cores multiply exactly. The power of two is taken
-// back with the scales, the 16 with the query (K) or the output row (V).
+// Codes are never converted: the bits of a code alone are a float16 subnormal, code * 2^-24 (16
+// times that where the code lies four bits up), which tensor cores multiply exactly. The power of
+// two is taken back with the scales, the 16 with the query (K) or the output row (V).
 #pragma once
 #include "half.cuh"
 #include "kv_page.cuh"
 
 constexpr float CODE_UNIT = 16777216.0f;
 constexpr float ODD_PAIR = BITS == 4 ? 1.0f / 16.0f : 1.0f;
-constexpr float WEIGHT_EXPONENT = 6.0f;  // softmax weights carry 2^6: weight * scale stays a normal float16
+constexpr float WEIGHT_EXPONENT = 6.0f;  // of softmax weights, so that most stay normal in float16
 constexpr int K_STEPS = HEAD_DIM / 16;
 constexpr int GROUP_TOKENS = 8;
 
-DEVICE void multiply(float (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-      " {%0, %1, %2, %3};"
+DEVICE void multiply(float (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0,
+                     uint32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -70,7 +71,8 @@ struct Query {
   // first: the tile's first head, of which `rows` are valid.
   __device__ __forceinline__ void load(const uint16* first, int rows, float unit) {
     const int group = threadIdx.x % 32 / 4, column = threadIdx.x % 4;
-    const uint4* channels = reinterpret_cast<const uint4*>(first + group * HEAD_DIM + column * (HEAD_DIM / 4));
+    const uint4* channels =
+        reinterpret_cast<const uint4*>(first + group * HEAD_DIM + column * (HEAD_DIM / 4));
     float total = 0;
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 32; i++) {
@@ -116,7 +118,8 @@ struct TokenScales {
 // Bit i: the page's token 8 group + i lies in [begin, end).
 DEVICE uint32 visible_tokens(int begin, int end) {
   const int first = threadIdx.x % 32 / 4 * GROUP_TOKENS;
-  const int from = min(max(begin - first, 0), GROUP_TOKENS), to = min(max(end - first, 0), GROUP_TOKENS);
+  const int from = min(max(begin - first, 0), GROUP_TOKENS);
+  const int to = min(max(end - first, 0), GROUP_TOKENS);
   return (1u << to) - 1 & ~((1u << from) - 1);
 }
 
@@ -127,7 +130,8 @@ struct Attention {
 
   __device__ __forceinline__ void reset() {
 #pragma unroll
-    for (int head = 0; head < 2; head++) maximum[head] = minus_infinity(), weights[head] = offsets[head] = 0;
+    for (int head = 0; head < 2; head++)
+      maximum[head] = minus_infinity(), weights[head] = offsets[head] = 0;
 #pragma unroll
     for (int i = 0; i < K_STEPS; i++) output[i][0] = output[i][1] = output[i][2] = output[i][3] = 0;
   }
@@ -141,7 +145,8 @@ struct Attention {
     for (int head = 0; head < 2; head++) {
       weights[head] *= shrink[head], offsets[head] *= shrink[head];
 #pragma unroll
-      for (int i = 0; i < K_STEPS; i++) output[i][head] *= shrink[head], output[i][2 + head] *= shrink[head];
+      for (int i = 0; i < K_STEPS; i++)
+        output[i][head] *= shrink[head], output[i][2 + head] *= shrink[head];
     }
   }
 };
@@ -158,14 +163,16 @@ DEVICE void multiply_keys(float (&scores)[4][4], uint32 keys, const Query& query
       const int unit = step / 2, index = step % 2 * 2, fragment = (load * UNITS + unit) * 4 + index;
 #pragma unroll
       for (int pair = 0; pair < 4; pair++)
-        multiply(scores[pair], code_pair(words[pair], unit, 0, index), code_pair(words[pair], unit, 1, index),
-                 code_pair(words[pair], unit, 0, index + 1), code_pair(words[pair], unit, 1, index + 1),
-                 query.fragments[fragment], query.fragments[fragment + 1]);
+        multiply(scores[pair], code_pair(words[pair], unit, 0, index),
+                 code_pair(words[pair], unit, 1, index), code_pair(words[pair], unit, 0, index + 1),
+                 code_pair(words[pair], unit, 1, index + 1), query.fragments[fragment],
+                 query.fragments[fragment + 1]);
     }
   }
 }
 
-DEVICE void multiply_values(Attention& attention, uint32 values, const uint32 (&weights)[GROUP_TOKENS]) {
+DEVICE void multiply_values(Attention& attention, uint32 values,
+                            const uint32 (&weights)[GROUP_TOKENS]) {
 #pragma unroll
   for (int pair = 0; pair < 4; pair++)
 #pragma unroll
@@ -183,7 +190,8 @@ DEVICE void multiply_values(Attention& attention, uint32 values, const uint32 (&
 }
 
 // block: the page's address in shared memory, of whose tokens [begin, end) are seen.
-DEVICE void attend_page(Attention& attention, uint32 block, int begin, int end, const Query& query) {
+DEVICE void attend_page(Attention& attention, uint32 block, int begin, int end,
+                        const Query& query) {
   float scores[4][4] = {};
   multiply_keys(scores, block, query);
   TokenScales keys, values;
@@ -206,7 +214,8 @@ DEVICE void attend_page(Attention& attention, uint32 block, int begin, int end, 
     }
   }
   attention.raise_maximum(maximum[0], maximum[1]);
-  const float shift[2] = {WEIGHT_EXPONENT - attention.maximum[0], WEIGHT_EXPONENT - attention.maximum[1]};
+  const float shift[2] = {WEIGHT_EXPONENT - attention.maximum[0],
+                          WEIGHT_EXPONENT - attention.maximum[1]};
   uint32 weights[GROUP_TOKENS];
 #pragma unroll
   for (int i = 0; i < GROUP_TOKENS; i++) {

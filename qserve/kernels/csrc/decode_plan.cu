@@ -1,5 +1,6 @@
-// The work list of a step: every sequence that has one query, split into pieces of at most SPLIT_PAGES
-// pages (of more only where that would make more than MAX_SPLITS), largest first. One block.
+// The work list of a step: every sequence that has one query, split into pieces of at most
+// SPLIT_PAGES pages (of more only where that would make more than MAX_SPLITS), largest first. One
+// block.
 #include "work_item.cuh"
 
 constexpr int THREADS = 1024;
@@ -29,8 +30,12 @@ struct Division {
     size = decodes ? (pages + splits - 1) / splits : 0;
   }
 
-  __device__ __forceinline__ int pages_of(int split) const { return min(size, pages - split * size); }
-  __device__ __forceinline__ int bin_of(int split) const { return BINS - 1 - min(pages_of(split), BINS - 1); }
+  __device__ __forceinline__ int pages_of(int split) const {
+    return min(size, pages - split * size);
+  }
+  __device__ __forceinline__ int bin_of(int split) const {
+    return BINS - 1 - min(pages_of(split), BINS - 1);
+  }
 };
 
 // counts become the numbers of items in earlier bins; returns the number of all (to every lane).
@@ -57,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(const Argument
   __syncthreads();
   for (int sequence = threadIdx.x; sequence < arguments.sequences; sequence += THREADS) {
     const Division division(arguments, sequence);
-    for (int split = 0; split < division.splits; split++) atomicAdd(&bins[division.bin_of(split)], 1);
+    for (int split = 0; split < division.splits; split++)
+      atomicAdd(&bins[division.bin_of(split)], 1);
     arguments.splits[sequence] = division.splits;
   }
   __syncthreads();
@@ -70,9 +76,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(const Argument
     const Division division(arguments, sequence);
     for (int split = 0; split < division.splits; split++) {
       const int place = atomicAdd(&bins[division.bin_of(split)], 1);
-      arguments.items[place] = {sequence, arguments.query_start[sequence],
-                                division.first_page + split * division.size, division.pages_of(split),
-                                division.begin, division.end, split, division.splits};
+      arguments.items[place] = {sequence,
+                                arguments.query_start[sequence],
+                                division.first_page + split * division.size,
+                                division.pages_of(split),
+                                division.begin,
+                                division.end,
+                                split,
+                                division.splits};
     }
   }
 }

@@ -1,8 +1,8 @@
 // Who computes what: the work list of one step, and each block's walk through it.
 //
-// A piece of work is one split of one sequence's pages for one tile of query heads. Splits depend on
-// their own sequence alone, so results do not depend on the batch. The list is sorted by size; blocks
-// take pieces in snake order, which gives every block nearly the same number of pages.
+// A piece of work is one split of one sequence's pages for one tile of query heads. Splits depend
+// on their own sequence alone, so results do not depend on the batch. The list is sorted by size;
+// blocks take pieces in snake order, which gives every block nearly the same number of pages.
 #pragma once
 #include "work_item.cuh"
 
@@ -10,7 +10,9 @@ struct Work {
   WorkItem item;
   int kv_head, tile;  // the query heads are tile * ROWS .. of those that share kv_head
 
-  __device__ __forceinline__ int rows() const { return TILES == 1 ? ROWS : min(ROWS, GROUP - tile * ROWS); }
+  __device__ __forceinline__ int rows() const {
+    return TILES == 1 ? ROWS : min(ROWS, GROUP - tile * ROWS);
+  }
   __device__ __forceinline__ int query_head() const { return kv_head * GROUP + tile * ROWS; }
 };
 
@@ -20,19 +22,26 @@ DEVICE WorkItem load_item(const WorkItem* item) {
   return {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
 }
 
-// `body(work, turn)` for the block's pieces in order; the block's pages are dealt to its WARPS readers
-// in turn, and a piece's first page is reader `turn`'s.
+// The list has room for `capacity` items, of which the first *item_count are to be done.
+struct WorkList {
+  const WorkItem* items;
+  const int* item_count;
+  int capacity;
+};
+
+// `body(work, turn)` for the block's pieces in order; the block's pages are dealt to its WARPS
+// readers in turn, and a piece's first page is reader `turn`'s.
 template <class Body>
-DEVICE void for_each_work(const WorkItem* items, const int* item_count, Body body) {
-  const int pieces = __ldg(item_count) * KV_HEADS * TILES;
+DEVICE void for_each_work(const WorkList& list, Body body) {
+  constexpr int HEADS = KV_HEADS * TILES;
   int turn = 0;
   for (int round = 0;; round++) {
     const int place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    const int piece = round * gridDim.x + place;
-    if (piece >= pieces) return;
-    const int head = piece % (KV_HEADS * TILES);
-    const Work work = {load_item(items + piece / (KV_HEADS * TILES)), head / TILES, head % TILES};
-    body(work, turn);
-    turn = (turn + work.item.pages) % WARPS;
+    const int piece = round * gridDim.x + place, head = piece % HEADS;
+    // Loaded before it is known to be one, so that the first two loads are on their way together.
+    const WorkItem item = load_item(list.items + min(piece / HEADS, list.capacity - 1));
+    if (piece >= __ldg(list.item_count) * HEADS) return;
+    body(Work{item, head / TILES, head % TILES}, turn);
+    turn = (turn + item.pages) % WARPS;
   }
 }

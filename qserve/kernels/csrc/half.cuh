@@ -9,8 +9,10 @@ template <bool BF16>
 DEVICE float2 unpack_pair(uint32 pair) {
   if (BF16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
   float2 v;
-  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;}"
-      : "=f"(v.x), "=f"(v.y) : "r"(pair));
+  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, "
+      "high;}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(pair));
   return v;
 }
 

@@ -1,16 +1,17 @@
 // RoPE, optional Hadamard, quantize and paged write of the new tokens, in one pass: a thread holds
-// channels c..c+7 and D/2 + c..c+7 of one head, so that RoPE needs no exchange. A warp's heads are all
-// of one role (query, key or value).
+// chunks of both halves of one head, so that RoPE needs no exchange. A warp's heads are all of one
+// role (query, key or value).
 #include "half.cuh"
 #include "kv_page.cuh"
 
-constexpr int LANES = HEAD_DIM / 16;  // threads that hold one head
+constexpr int LANES = HEAD_DIM / 32;  // threads that hold one head
 constexpr int HEADS_PER_WARP = 32 / LANES;
 constexpr int QUERY_WARPS = (QUERY_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
 constexpr int KV_WARPS = (KV_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
 constexpr int TOKEN_WARPS = QUERY_WARPS + 2 * KV_WARPS;
 constexpr int QKV_HEADS = QUERY_HEADS + 2 * KV_HEADS;
-constexpr int HALF_CHUNKS = CHUNKS / 2;
+constexpr int OWN_CHUNKS = CHUNKS / LANES;  // of a thread: lane, lane + LANES, ...
+constexpr int OWN_PAIRS = OWN_CHUNKS / 2;   // chunk i and i + OWN_PAIRS are RoPE's two halves
 constexpr float HALF_MAX = 65504.0f;
 
 struct Arguments {
@@ -25,48 +26,65 @@ struct Arguments {
 
 // One thread's part of a head.
 struct Channels {
-  float first[CHUNK], second[CHUNK];
+  float chunks[OWN_CHUNKS][CHUNK];
 
   template <class Body>
   __device__ __forceinline__ void each(Body body) {
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) body(first[i]);
+    for (int i = 0; i < OWN_CHUNKS; i++)
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) body(second[i]);
+      for (int j = 0; j < CHUNK; j++) body(chunks[i][j]);
   }
 };
 
-DEVICE Channels load_channels(const uint16* head, int lane) {
-  Channels x;
-  const uint4* vectors = reinterpret_cast<const uint4*>(head);
-  const uint4 first = vectors[lane], second = vectors[lane + HALF_CHUNKS];
-  unpack_vector<BFLOAT16>(first, x.first);
-  unpack_vector<BFLOAT16>(second, x.second);
-  return x;
+DEVICE void load_channels(Channels& x, const uint16* head, int lane) {
+  uint4 vectors[OWN_CHUNKS];
+#pragma unroll
+  for (int i = 0; i < OWN_CHUNKS; i++)
+    vectors[i] = reinterpret_cast<const uint4*>(head)[lane + i * LANES];
+#pragma unroll
+  for (int i = 0; i < OWN_CHUNKS; i++) unpack_vector<BFLOAT16>(vectors[i], x.chunks[i]);
 }
 
 template <bool BF16>
 DEVICE void store_channels(uint16* head, int lane, const Channels& x) {
-  uint4* vectors = reinterpret_cast<uint4*>(head);
-  vectors[lane] = pack_vector<BF16>(x.first);
-  vectors[lane + HALF_CHUNKS] = pack_vector<BF16>(x.second);
+#pragma unroll
+  for (int i = 0; i < OWN_CHUNKS; i++)
+    reinterpret_cast<uint4*>(head)[lane + i * LANES] = pack_vector<BF16>(x.chunks[i]);
 }
 
-// Every product and sum is rounded by itself, as the reference's are.
-DEVICE void apply_rope(Channels& x, const float* cos_sin, int lane) {
-  const float4* cosines = reinterpret_cast<const float4*>(cos_sin) + lane * 2;
-  const float4* sines = cosines + HEAD_DIM / 8;
+// The cosines and sines that a thread needs.
+struct Rotation {
+  float cosines[OWN_PAIRS][CHUNK], sines[OWN_PAIRS][CHUNK];
+
+  // row: HEAD_DIM / 2 cosines, then as many sines.
+  __device__ __forceinline__ void load(const float* row, int lane) {
 #pragma unroll
-  for (int part = 0; part < 2; part++) {
-    const float4 c = cosines[part], s = sines[part];
-    const float cosine[4] = {c.x, c.y, c.z, c.w}, sine[4] = {s.x, s.y, s.z, s.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float first = x.first[part * 4 + i], second = x.second[part * 4 + i];
-      x.first[part * 4 + i] = __fsub_rn(__fmul_rn(first, cosine[i]), __fmul_rn(second, sine[i]));
-      x.second[part * 4 + i] = __fadd_rn(__fmul_rn(second, cosine[i]), __fmul_rn(first, sine[i]));
+    for (int i = 0; i < OWN_PAIRS; i++) {
+      load_chunk(cosines[i], row, lane + i * LANES);
+      load_chunk(sines[i], row + HEAD_DIM / 2, lane + i * LANES);
     }
   }
+
+  static __device__ __forceinline__ void load_chunk(float (&x)[CHUNK], const float* row,
+                                                    int chunk) {
+    const float4* vectors = reinterpret_cast<const float4*>(row) + chunk * 2;
+    const float4 a = __ldg(vectors), b = __ldg(vectors + 1);
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+  }
+};
+
+// Every product and sum is rounded by itself, as the reference's are.
+DEVICE void rotate(Channels& x, const Rotation& rotation) {
+#pragma unroll
+  for (int i = 0; i < OWN_PAIRS; i++)
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+      const float first = x.chunks[i][j], second = x.chunks[i + OWN_PAIRS][j];
+      const float cosine = rotation.cosines[i][j], sine = rotation.sines[i][j];
+      x.chunks[i][j] = __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
+      x.chunks[i + OWN_PAIRS][j] = __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine));
+    }
 }
 
 DEVICE void butterfly(float& a, float& b) {
@@ -79,16 +97,23 @@ DEVICE void apply_hadamard(Channels& x, int lane) {
 #pragma unroll
   for (int bit = 1; bit < CHUNK; bit *= 2)
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++)
-      if (!(i & bit)) butterfly(x.first[i], x.first[i | bit]), butterfly(x.second[i], x.second[i | bit]);
+    for (int i = 0; i < OWN_CHUNKS; i++)
 #pragma unroll
-  for (int i = 0; i < CHUNK; i++) butterfly(x.first[i], x.second[i]);
+      for (int j = 0; j < CHUNK; j++)
+        if (!(j & bit)) butterfly(x.chunks[i][j], x.chunks[i][j | bit]);
 #pragma unroll
-  for (int bit = 1; bit < LANES; bit *= 2)
-    x.each([&](float& value) {
-      const float other = __shfl_xor_sync(FULL_WARP, value, bit);
-      value = lane & bit ? other - value : value + other;
-    });
+  for (int bit = 1; bit < OWN_CHUNKS; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < OWN_CHUNKS; i++)
+#pragma unroll
+      for (int j = 0; j < CHUNK; j++)
+        if (!(i & bit)) butterfly(x.chunks[i][j], x.chunks[i | bit][j]);
+#pragma unroll
+  for (int bit = 1; bit < LANES; bit *= 2) {
+    const float sign = lane & bit ? -1.0f : 1.0f;
+    x.each(
+        [&](float& value) { value = fmaf(sign, value, __shfl_xor_sync(FULL_WARP, value, bit)); });
+  }
   const float norm = HEAD_DIM == 128 ? 0.08838834764831845f : 0.125f;
   x.each([&](float& value) { value *= norm; });
 }
@@ -105,7 +130,7 @@ struct Grid {
 };
 
 DEVICE Grid fit_grid(Channels& x) {
-  float low = x.first[0], high = x.first[0];
+  float low = x.chunks[0][0], high = low;
   x.each([&](float& value) { low = fminf(low, value), high = fmaxf(high, value); });
 #pragma unroll
   for (int bit = 1; bit < LANES; bit *= 2) {
@@ -119,8 +144,8 @@ DEVICE Grid fit_grid(Channels& x) {
   return {pair.y, pair.x > 0.0f ? __frcp_rn(pair.x) : 0.0f, rounded};
 }
 
-// Channels 0..7 of a chunk go to nibbles 0, 4, 1, 5, 2, 6, 3, 7, or to bytes 0, 2, 1, 3, 4, 6, 5, 7:
-// neighbours lie 16 bits apart, where one AND makes a pair of them.
+// Channels 0..7 of a chunk go to nibbles 0, 4, 1, 5, 2, 6, 3, 7, or to bytes 0, 2, 1, 3, 4, 6, 5,
+// 7: neighbours lie 16 bits apart, where one AND makes a pair of them.
 DEVICE void store_key_chunk(uint8* block, int token, int chunk, const float (&x)[CHUNK],
                             const Grid& grid) {
   uint32 words[2] = {0, 0};
@@ -143,28 +168,29 @@ DEVICE void store_value_chunk(uint8* block, int token, int chunk, const float (&
     uint32 codes = 0;
 #pragma unroll
     for (int i = 0; i < QUAD; i++) codes |= grid.code(x[first + i]) << i * BITS;
-    uint16* target = reinterpret_cast<uint16*>(block + value_offset(token, (chunk * CHUNK + first) / QUAD));
+    uint16* target =
+        reinterpret_cast<uint16*>(block + value_offset(token, (chunk * CHUNK + first) / QUAD));
     target[0] = codes;
     if (BITS == 8) target[2] = codes >> 16;
   }
 }
 
 template <bool KEY>
-DEVICE void store_quantized(uint8* block, int token, int lane, const Channels& x, const Grid& grid) {
-  if (KEY) {
-    store_key_chunk(block, token, lane, x.first, grid);
-    store_key_chunk(block, token, lane + HALF_CHUNKS, x.second, grid);
-  } else {
-    store_value_chunk(block, token, lane, x.first, grid);
-    store_value_chunk(block, token, lane + HALF_CHUNKS, x.second, grid);
+DEVICE void store_quantized(uint8* block, int token, int lane, const Channels& x,
+                            const Grid& grid) {
+#pragma unroll
+  for (int i = 0; i < OWN_CHUNKS; i++) {
+    if (KEY)
+      store_key_chunk(block, token, lane + i * LANES, x.chunks[i], grid);
+    else
+      store_value_chunk(block, token, lane + i * LANES, x.chunks[i], grid);
   }
   if (lane == 0)
     *reinterpret_cast<uint32*>(block + scale_offset(!KEY, token)) = grid.scale_and_offset;
 }
 
 template <bool KEY>
-DEVICE void append(const Arguments& arguments, int token, int head, int lane, Channels& x) {
-  const int64 slot = arguments.slots[token];
+DEVICE void append(const Arguments& arguments, int64 slot, int head, int lane, Channels& x) {
   const int place = slot % PAGE_TOKENS;
   uint8* block = arguments.pool + (slot / PAGE_TOKENS * KV_HEADS + head) * BLOCK_BYTES;
   if constexpr (BITS == 16) {
@@ -176,6 +202,7 @@ DEVICE void append(const Arguments& arguments, int token, int head, int lane, Ch
   }
 }
 
+// Slots, positions and the table are older than the preceding kernel, which makes qkv.
 extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Arguments arguments) {
   launch_dependents();
   const int warp = blockIdx.x * (THREADS / 32) + warp_index();
@@ -189,12 +216,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Argument
   const int first_head = role == 0 ? 0 : QUERY_HEADS + (role - 1) * KV_HEADS;
   // Surplus lanes of a role's last warp repeat its last head, and store nothing.
   const int64 row = static_cast<int64>(token) * QKV_HEADS + first_head + min(head, heads - 1);
+  const int64 slot = arguments.slots[token];
+  Rotation rotation;
+  if (role < 2) rotation.load(arguments.rope_table + arguments.positions[token] * HEAD_DIM, lane);
   wait_for_predecessor();
-  Channels x = load_channels(arguments.qkv + row * HEAD_DIM, lane);
-  if (role == 2) return append<false>(arguments, token, head, lane, x);
-  apply_rope(x, arguments.rope_table + arguments.positions[token] * HEAD_DIM, lane);
+  Channels x;
+  load_channels(x, arguments.qkv + row * HEAD_DIM, lane);
+  if (role == 2) return append<false>(arguments, slot, head, lane, x);
+  rotate(x, rotation);
   if (HADAMARD) apply_hadamard(x, lane);
-  if (role == 1) return append<true>(arguments, token, head, lane, x);
+  if (role == 1) return append<true>(arguments, slot, head, lane, x);
   if (head >= QUERY_HEADS) return;
   const int64 query = static_cast<int64>(token) * QUERY_HEADS + head;
   store_channels<BFLOAT16>(arguments.q + query * HEAD_DIM, lane, x);

@@ -61,11 +61,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) page_gather(const Argument
   const int start = arguments.starts[sequence] + page * PAGE_TOKENS;
   const int tokens = min(PAGE_TOKENS, arguments.starts[sequence + 1] - start);
   if (tokens <= 0) return;
-  const int64 id = arguments.page_table[static_cast<int64>(sequence) * arguments.table_width + page];
+  const int64 id =
+      arguments.page_table[static_cast<int64>(sequence) * arguments.table_width + page];
   const uint8* block = arguments.pool + (id * KV_HEADS + arguments.first_head + head) * BLOCK_BYTES;
   for (int i = threadIdx.x; i < tokens * CHUNKS; i += THREADS) {
     const int token = i / CHUNKS, chunk = i % CHUNKS;
-    const int64 target = (static_cast<int64>(start + token) * arguments.heads + head) * CHUNKS + chunk;
+    const int64 target =
+        (static_cast<int64>(start + token) * arguments.heads + head) * CHUNKS + chunk;
     reinterpret_cast<uint4*>(arguments.keys)[target] = read_chunk<true>(block, token, chunk);
     reinterpret_cast<uint4*>(arguments.values)[target] = read_chunk<false>(block, token, chunk);
   }

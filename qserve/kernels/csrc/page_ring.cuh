@@ -1,6 +1,6 @@
 // Pages on their way through shared memory. One warp fetches; page n of a block goes to stage
-// n % STAGES and to reader n % WARPS, which gives the stage back. On sm_90 a page is one bulk copy by
-// one thread; before that, the warp's threads copy 16 bytes at a time.
+// n % STAGES and to reader n % WARPS, which gives the stage back. On sm_90 a page is one bulk copy
+// by one thread; before that, the warp's threads copy 16 bytes at a time.
 #pragma once
 #include "kv_page.cuh"
 
@@ -32,21 +32,23 @@ DEVICE void barrier_wait(uint32 barrier, uint32 phase) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "retry: mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra retry;\n}"
-      :: "r"(barrier), "r"(phase) : "memory");
+      "@!done bra retry;\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
 #endif
 }
 
 DEVICE void barrier_arrive(uint32 barrier) {
-  asm volatile("{.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];}" :: "r"(barrier) : "memory");
+  asm volatile("{.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier)
+               : "memory");
 }
 
 DEVICE void barrier_init(uint32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Called by a whole warp; `barrier` completes when the block has arrived. Pages are read once, so they
-// are the first to leave the L2 cache.
+// Called by a whole warp; `barrier` completes when the block has arrived. Pages are read once, so
+// they are the first to leave the L2 cache.
 DEVICE void fetch_block(uint32 destination, const uint8* source, uint32 barrier) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x % 32 != 0) return;
@@ -55,11 +57,12 @@ DEVICE void fetch_block(uint32 destination, const uint8* source, uint32 barrier)
   mbarrier_arrive_expecting(barrier, BLOCK_BYTES);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;"
-      :: "r"(destination), "l"(source), "r"(BLOCK_BYTES), "r"(barrier), "l"(evict_first) : "memory");
+      " [%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(source), "r"(BLOCK_BYTES), "r"(barrier), "l"(evict_first)
+      : "memory");
 #else
   for (int offset = threadIdx.x % 32 * 16; offset < BLOCK_BYTES; offset += 32 * 16)
     copy_async_16(destination + offset, source + offset, true);
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(barrier) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
 }
