@@ -11,7 +11,7 @@ import typer
 
 import qserve
 from qserve.cli.bench import bench, kernels
-from qserve.cli.model import display_name, load_engine, quantize_model
+from qserve.cli.model import DEFAULT_RECIPE, display_name, load_engine, quantize_model
 from qserve.cli.options import KVBits, Model, Precision, bits_of
 
 app = typer.Typer(
@@ -24,6 +24,14 @@ app = typer.Typer(
 evaluate = typer.Typer(help="Measure a model.", no_args_is_help=True)
 for group, name in ((evaluate, "evaluate"), (bench, "bench"), (kernels, "kernels")):
     app.add_typer(group, name=name)
+
+
+GROUP_SIZES: dict[str, Literal["auto", -1, 64, 128]] = {
+    "auto": "auto",
+    "64": 64,
+    "128": 128,
+    "-1": -1,
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,7 +56,7 @@ def _options(
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the checkpoint goes.")],
-    recipe: Annotated[str | None, typer.Option(help="How to quantize.")] = None,
+    recipe: Annotated[str, typer.Option(help="How to quantize.")] = DEFAULT_RECIPE,
     group_size: Annotated[
         Literal["auto", "64", "128", "-1"], typer.Option(help="Weights per scale; -1: a channel's.")
     ] = "auto",
@@ -59,13 +67,8 @@ def quantize(
     """Quantize a model to W4A8KV4; an existing checkpoint is replaced once the new one is whole."""
     from qserve.models.source import open_source
 
-    options: dict[str, str | int | None] = {
-        "recipe": recipe,
-        "group_size": None if group_size == "auto" else int(group_size),
-        "calibration": calibration,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    quantize_model(open_source(model), output, **given)
+    size = GROUP_SIZES[group_size]
+    quantize_model(open_source(model), output, recipe, size, calibration)
 
 
 @app.command()

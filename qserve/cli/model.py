@@ -15,7 +15,9 @@ from qserve.config import ConfigError, EngineConfig
 if TYPE_CHECKING:
     from qserve.engine.engine import Engine
     from qserve.models.source import WeightSource
+    from qserve.quant.pipeline import GroupSize
 
+DEFAULT_RECIPE = "qoq"
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 console = Console(stderr=True, soft_wrap=True)
@@ -60,8 +62,10 @@ def display_name(model: str) -> str:
 
 
 def _fingerprint(source: WeightSource) -> str:
-    """Changes with any of the model's files, as far as their names, sizes and times tell."""
-    digest = hashlib.sha256()
+    """Changes with the recipe and any of the model's files: their names, sizes and times."""
+    from qserve.quant.recipe import find_recipe
+
+    digest = hashlib.sha256(repr(find_recipe(DEFAULT_RECIPE)).encode())
     for path in _files(source):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -78,12 +82,21 @@ def _files(source: WeightSource) -> Iterator[Path]:
         yield from sorted(path for path in source.directory.iterdir() if path.is_file())
 
 
-def quantize_model(source: WeightSource, directory: Path, **options: str | int) -> None:
-    """Quantize with the recipe's own settings, but for the options given."""
+def quantize_model(
+    source: WeightSource,
+    directory: Path,
+    recipe: str = DEFAULT_RECIPE,
+    group_size: GroupSize = "auto",
+    calibration: str | None = None,
+) -> None:
+    """Quantize on the GPU where there is one; shows progress on stderr."""
+    import torch
+
     from qserve.quant.pipeline import quantize
 
     _check_replaceable(directory, source)
-    quantize(source, directory, **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantize(source, directory, recipe, group_size, calibration, device=device, console=console)
 
 
 def _check_replaceable(directory: Path, source: WeightSource) -> None:
