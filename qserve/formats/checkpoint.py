@@ -112,10 +112,20 @@ class CheckpointWriter:
 
     def write(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard whole, or not at all."""
-        unfinished = self.partial / f".{shard}.unfinished"
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, unfinished, metadata={"format": "pt"})
-        unfinished.replace(self._path(shard))
+        _write_tensors(self._path(shard), tensors, {"format": "pt"})
+
+    def save_state(self, done: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what is needed to go on once `done` steps are written."""
+        _write_tensors(self.partial / _STATE, tensors, {"done": str(done)})
+
+    def load_state(self) -> tuple[int, dict[str, Tensor]]:
+        """What `save_state` was last given, (0, {}) if nothing."""
+        path = self.partial / _STATE
+        if not path.is_file():
+            return 0, {}
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            return int(file.metadata()["done"]), tensors
 
     def commit(self, config: Mapping[str, Any]) -> None:
         """Write the index and config.json, then put the checkpoint in the place of `directory`."""
@@ -123,7 +133,8 @@ class CheckpointWriter:
             self.partial / "model.safetensors.index.json", json.dumps(self._index(), indent=1)
         )
         _write_text(self.partial / "config.json", json.dumps(dict(config), indent=2))
-        (self.partial / _FINGERPRINT).unlink()
+        for name in (_STATE, _FINGERPRINT):
+            (self.partial / name).unlink(missing_ok=True)
         shutil.rmtree(self._replaced, ignore_errors=True)
         if self.directory.exists():
             self.directory.rename(self._replaced)
@@ -134,7 +145,8 @@ class CheckpointWriter:
         return self.partial / f"{shard}.safetensors"
 
     def _index(self) -> dict[str, Any]:
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for path in sorted(self.partial.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 weight_map |= dict.fromkeys(sorted(file.keys()), path.name)
@@ -143,6 +155,7 @@ class CheckpointWriter:
 
 
 _FINGERPRINT = "fingerprint"
+_STATE = "state"
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -151,4 +164,11 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, unfinished, metadata=metadata)
     unfinished.replace(path)

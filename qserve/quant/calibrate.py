@@ -2,55 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
 from qserve.models.config import ModelConfig
 from qserve.models.source import WeightSource
 
 Layer = dict[str, Tensor]
-"""A layer's tensors by their names within it, float32: norms, weights [N, K], biases [N]."""
+"""A layer's tensors by their names within it: norms, weights [N, K], biases [N]."""
 
-Parts = tuple[str, ...]
-"""Linears of a layer that share an input: `names.QKV`, `OUTPUT`, `GATE_UP` or `DOWN`."""
+FUSED_LINEARS = (names.QKV, names.OUTPUT, names.GATE_UP, names.DOWN)
+"""The linears of a layer that share an input, in the order of computation."""
 
-Steps = Generator[tuple[Parts, Tensor], Tensor, Tensor]
+Steps = Generator[tuple[Tensor, Tensor | None], Tensor, Tensor]
 
 
-def read_layer(source: WeightSource, index: int, device: torch.device | str = "cpu") -> Layer:
+class CalibrationError(ValueError):
+    """The calibration text cannot be read or is too short; the message says which."""
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, sequences: int, length: int, seed: int
+) -> Tensor:
+    """i64 [sequences, length]: windows of the text without overlap, chosen by `seed`."""
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = torch.tensor(tokens)[: len(tokens) // length * length].reshape(-1, length)
+    if len(windows) < sequences:
+        raise CalibrationError(
+            f"the calibration text has {len(tokens)} tokens, {sequences * length} are needed"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:sequences]]
+
+
+def calibration_text(origin: str | None = None) -> str:
+    """Text of a file or of a hub dataset's training split; without either, Python's own topics."""
+    if origin is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    if Path(origin).is_file():
+        return Path(origin).read_text(encoding="utf-8", errors="replace")
+    return _dataset_text(origin)
+
+
+def _dataset_text(name: str, characters: int = 4_000_000) -> str:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"{name}: no such file; to read it as a hub dataset: pip install datasets"
+        ) from error
+    texts, total = [], 0
+    try:
+        for row in datasets.load_dataset(name, split="train", streaming=True):
+            texts.append(row["text"])
+            total += len(texts[-1])
+            if total > characters:
+                break
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"{name}: no such file or hub dataset with texts: {error}"
+        ) from error
+    return "\n\n".join(texts)
+
+
+def read_layer(
+    source: WeightSource,
+    index: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Layer:
     """All tensors of one layer."""
     prefix = names.layer_prefix(index)
     return {
-        name: source.tensor(prefix + name).to(device, torch.float32)
+        name: source.tensor(prefix + name).to(device, dtype)
         for name in names.layer_shapes(source.config)
     }
+
+
+def fused_weight(layer: Layer, parts: Sequence[str]) -> Tensor:
+    """[sum of N, K]: the weights of linears that share an input."""
+    return torch.cat([layer[f"{part}.weight"] for part in parts])
+
+
+def fused_bias(layer: Layer, parts: Sequence[str]) -> Tensor | None:
+    """[sum of N], or None where the linears have no bias."""
+    if f"{parts[0]}.bias" not in layer:
+        return None
+    return torch.cat([layer[f"{part}.bias"] for part in parts])
 
 
 def layer_steps(
     layer: Layer, config: ModelConfig, x: Tensor, attend: Callable[[Tensor], Tensor]
 ) -> Steps:
-    """One layer on x [T, H]: yields each linear and its input, is sent the output, returns [T, H]."""
-    eps = config.rms_norm_eps
+    """One layer on x [T, H], pausing at each of `FUSED_LINEARS`, whose output it is to be sent.
 
-    def norm(values: Tensor, name: str) -> Tensor:
-        return functional.rms_norm(values, values.shape[-1:], layer[name], eps)
-
-    def head_norm(qkv: Tensor) -> Tensor:
-        if not config.qk_norm:
-            return qkv
-        sizes = [config.query_size, config.kv_size, config.kv_size]
-        query, key, value = (
-            part.unflatten(-1, (-1, config.head_dim)) for part in qkv.split(sizes, -1)
-        )
-        query, key = norm(query, names.QUERY_NORM), norm(key, names.KEY_NORM)
-        return torch.cat((query, key, value), dim=-2).flatten(-2)
-
-    qkv = yield names.QKV, norm(x, names.ATTENTION_NORM)
-    x = x + (yield names.OUTPUT, attend(head_norm(qkv)))
-    gate_up = yield names.GATE_UP, norm(x, names.MLP_NORM)
+    Yields the linear's input, and the residual stream that its output is added to (None where a
+    norm made the input). attend: qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]. Returns [T, H].
+    """
+    qkv = yield _norm(layer, names.ATTENTION_NORM, config, x), None
+    x = x + (yield attend(_head_norm(layer, config, qkv)), x)
+    gate_up = yield _norm(layer, names.MLP_NORM, config, x), None
     gate, up = gate_up.chunk(2, dim=-1)
-    return x + (yield names.DOWN, functional.silu(gate) * up)
+    return x + (yield functional.silu(gate) * up, x)
+
+
+def _norm(layer: Layer, name: str, config: ModelConfig, x: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], layer[name], config.rms_norm_eps)
+
+
+def _head_norm(layer: Layer, config: ModelConfig, qkv: Tensor) -> Tensor:
+    if not config.qk_norm:
+        return qkv
+    sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    query, key, value = qkv.unflatten(-1, (-1, config.head_dim)).split(sizes, dim=-2)
+    query = _norm(layer, names.QUERY_NORM, config, query)
+    key = _norm(layer, names.KEY_NORM, config, key)
+    return torch.cat((query, key, value), dim=-2).flatten(-2)
+
+
+class PausedLayer:
+    """`layer_steps` over many batches, all paused at the same linear."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        config: ModelConfig,
+        batches: Sequence[Tensor],
+        attend: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._steps = [layer_steps(layer, config, x, attend) for x in batches]
+        self.pauses = [next(steps) for steps in self._steps]
+        self.outputs: list[Tensor] = []
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The paused linear's input of each batch, [T, K]."""
+        return [x for x, _ in self.pauses]
+
+    @property
+    def residuals(self) -> list[Tensor | None]:
+        """What the paused linear's output of each batch is added to, [T, H] or None."""
+        return [residual for _, residual in self.pauses]
+
+    def resume(self, outputs: Sequence[Tensor]) -> None:
+        """Send each batch its linear's output; after the last linear, fill `outputs`."""
+        self.pauses = []
+        for steps, output in zip(self._steps, outputs, strict=True):
+            try:
+                self.pauses.append(steps.send(output))
+            except StopIteration as done:
+                self.outputs.append(done.value)

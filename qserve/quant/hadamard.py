@@ -114,7 +114,7 @@ def _square_modulo(elements: Tensor, tail: tuple[int, ...], prime: int) -> Tenso
 
 def _prime_power(q: int) -> bool:
     prime, degree = _prime_power_parts(q)
-    return prime**degree == q
+    return bool(prime**degree == q)
 
 
 def _prime_power_parts(q: int) -> tuple[int, int]:

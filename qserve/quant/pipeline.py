@@ -1,120 +1,207 @@
-"""Quantize a model layer by layer, in the memory of one layer and its calibration activations."""
+"""Quantize a model layer by layer, in the memory of one layer and its calibration activations.
+
+A layer is written as soon as it is done, and what reaches the next one beside it; a run that was
+killed goes on from there and ends in the same bytes.
+"""
 
 from __future__ import annotations
 
-import torch
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from torch import Tensor
-from torch.nn import functional
+from typing import Literal
 
-from qserve.formats.activation import quantize_activation
-from qserve.formats.checkpoint import CheckpointWriter, QuantizationConfig
-from qserve.formats.weight import fit_grid
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from qserve.formats.checkpoint import CheckpointWriter
+from qserve.formats.layout import GROUP_SIZES, WEIGHT_ALIGNMENT
 from qserve.models import names
-from qserve.models.attention import DenseAttention
-from qserve.models.rope import rope_table
+from qserve.models.config import ModelConfig, ModelError
+from qserve.models.loader import check_names
 from qserve.models.source import WeightSource
-from qserve.models.tokenizer import load_tokenizer
-from qserve.quant.calibrate import layer_steps, read_layer
-from qserve.quant.rounding import coordinate_descent, damped, gptq
+from qserve.quant.calibrate import calibration_text, calibration_windows, read_layer
+from qserve.quant.layer import LayerQuantizer, QuantizedLayer, Streams
+from qserve.quant.recipe import Recipe, RecipeError, find_recipe
+from qserve.quant.rotate import RotatedSource
+
+GroupSize = Literal["auto", -1, 64, 128]
+
+_BATCH_TOKENS = 1024
 
 
 def quantize(
     source: WeightSource,
-    output: Path,
-    group_size: int = 64,
-    length: int = 512,
-    sequences: int = 16,
-    progress=print,
+    directory: Path,
+    recipe: str | Recipe = "qoq",
+    group_size: GroupSize = "auto",
+    calibration: str | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    console: Console | None = None,
 ) -> None:
-    """TEMPORARY first increment."""
-    from pydoc_data.topics import topics
+    """Write the quantized model to `directory`, which keeps what it held until all is done.
 
-    torch.manual_seed(0)
-    config = source.config
-    writer = CheckpointWriter(output, "first")
-    source.save_tokenizer(writer.partial)
-    tokenizer = load_tokenizer(writer.partial)
-    ids = torch.tensor(
-        tokenizer(
-            "\n\n".join(topics[k] for k in sorted(topics)), add_special_tokens=False
-        ).input_ids
+    group_size: "auto" takes the recipe's or else the largest that divides every linear.
+    calibration: a text file or a hub dataset; None is text that comes with Python.
+    seed: which windows of it. console: where progress goes, stderr by default.
+    Raises ModelError, RecipeError or CalibrationError before anything is written.
+    """
+    recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    check_names(source)
+    if source.quantization is not None:
+        raise ModelError("the model is quantized already")
+    size = resolve_group_size(source.config, recipe, group_size)
+    windows = calibration_windows(
+        source.tokenizer(), calibration_text(calibration), recipe.sequences, recipe.length, seed
     )
-    windows = ids[: len(ids) // length * length].view(-1, length)
-    windows = windows[torch.randperm(len(windows))[:sequences]]
-    embedding = source.tensor(names.EMBEDDING).float()
-    exact = [embedding[w] for w in windows]
-    served = list(exact)
-    table = rope_table(config, length)
-    plain = DenseAttention(config, length, table, True)
-    paged = DenseAttention(config, length, table, True, kv_bits=4)
-    outer = {
-        names.EMBEDDING: embedding.half(),
-        names.FINAL_NORM: source.tensor(names.FINAL_NORM).half(),
-    }
-    if not config.tie_word_embeddings:
-        outer[names.LM_HEAD] = source.tensor(names.LM_HEAD).half()
-    writer.write("model-00000", outer)
-    with torch.no_grad():
-        for index in range(config.num_layers):
-            layer = read_layer(source, index)
-            prefix = names.layer_prefix(index)
-            tensors = {
-                prefix + n: t.half() for n, t in layer.items() if "norm" in n or n.endswith("bias")
-            }
-            a = [layer_steps(layer, config, x, lambda y: plain(0, y)) for x in exact]
-            b = [layer_steps(layer, config, x, lambda y: paged(0, y)) for x in served]
-            steps_a, steps_b = [next(s) for s in a], [next(s) for s in b]
-            for _ in range(4):
-                parts = steps_a[0][0]
-                weight = torch.cat([layer[p + ".weight"] for p in parts])
-                bias = (
-                    torch.cat([layer[p + ".bias"] for p in parts])
-                    if parts[0] + ".bias" in layer
-                    else None
-                )
-                hessian = torch.zeros(weight.shape[1], weight.shape[1])
-                cross = torch.zeros_like(hessian)
-                inputs = [quantize_activation(x).dequantize() for _, x in steps_b]
-                for (_, x), y in zip(steps_a, inputs):
-                    hessian += y.T @ y
-                    cross += (x - y).T @ y
-                metric = damped(hessian, 0.02)
-                target = weight + 0.5 * torch.linalg.solve(metric, (weight @ cross).T).T
-                grid = fit_grid(target, group_size, 1.0)
-                codes = gptq(target, grid, metric)
-                codes = coordinate_descent(target, grid, metric, codes, 1)
-                rounded = grid.dequantize(codes)
-                row = 0
-                for p in parts:
-                    n = layer[p + ".weight"].shape[0]
-                    part = type(grid)(
-                        *(
-                            v[row : row + n] if isinstance(v, Tensor) else v
-                            for v in vars(grid).values()
-                        )
-                    )
-                    packed = part.pack(codes[row : row + n])
-                    tensors |= {f"{prefix}{p}.{k}": t for k, t in packed.tensors().items()}
-                    row += n
-                steps_a = [
-                    _send(s, functional.linear(x, weight, bias)) for s, (_, x) in zip(a, steps_a)
-                ]
-                steps_b = [_send(s, functional.linear(x, rounded, bias)) for s, x in zip(b, inputs)]
-            exact, served = steps_a, steps_b
-            error = sum(((x - y) ** 2).sum() for x, y in zip(exact, served)) / sum(
-                (x**2).sum() for x in exact
+    job = _Job(source, recipe, size, windows, torch.device(device))
+    with torch.no_grad(), _progress(console or Console(stderr=True)) as progress:
+        job.run(CheckpointWriter(directory, job.fingerprint()), progress)
+
+
+def resolve_group_size(config: ModelConfig, recipe: Recipe, group_size: GroupSize) -> int:
+    """The group size; ModelError or RecipeError if the model's sizes do not go with it."""
+    sizes = names.linear_shapes(config)
+    for name, shape in sizes.items():
+        if any(size % WEIGHT_ALIGNMENT for size in shape):
+            raise ModelError(f"{name}: sizes {shape} are not multiples of {WEIGHT_ALIGNMENT}")
+    fitting = [size for size in GROUP_SIZES if all(k % size == 0 for _, k in sizes.values())]
+    if group_size == "auto":
+        return max(fitting) if recipe.group_size == "auto" else recipe.group_size
+    if group_size not in (-1, *fitting):
+        raise RecipeError(f"group size {group_size} does not divide every linear of the model")
+    return group_size
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: WeightSource
+    recipe: Recipe
+    group_size: int
+    windows: Tensor
+    device: torch.device
+
+    def fingerprint(self) -> str:
+        """Of all that the checkpoint's bytes depend on."""
+        embedding = self.source.tensor(names.EMBEDDING).contiguous().view(torch.uint8)
+        digest = hashlib.sha256(embedding.numpy().tobytes())
+        what = (self.recipe, self.group_size, self.windows.tolist(), self.device.type)
+        digest.update(repr(what).encode())
+        digest.update(json.dumps(self.source.hf_config, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    def run(self, writer: CheckpointWriter, progress: Progress) -> None:
+        source = self._in_best_basis(progress)
+        self._write_outer(source, writer)
+        task = progress.add_task("Quantizing layers", total=source.config.num_layers)
+        for index, error in self._layers(source, writer):
+            progress.update(
+                task, completed=index + 1, description=f"Quantizing layers, error {error:.4f}"
             )
-            progress(f"layer {index}: relative error {error:.4f}")
-            writer.write(f"model-{index + 1:05d}", tensors)
-    quantization = QuantizationConfig(group_size=group_size, k_hadamard=True, recipe="qoq")
-    writer.commit(
-        {**source.hf_config, "dtype": "float16", "quantization_config": quantization.to_json()}
-    )
+        self.source.save_tokenizer(writer.partial)
+        quantization = self.recipe.quantization(self.group_size).to_json()
+        dtype = str(_float_dtype(source.config)).removeprefix("torch.")
+        writer.commit({**source.hf_config, "dtype": dtype, "quantization_config": quantization})
+
+    def _in_best_basis(self, progress: Progress) -> WeightSource:
+        if self.recipe.rotation == "never":
+            return self.source
+        rotated = RotatedSource(self.source, self.device)
+        if self.recipe.rotation == "always":
+            return rotated
+        errors = [self._trial_error(basis, progress) for basis in (self.source, rotated)]
+        progress.console.print(
+            f"Error of trial layers: {errors[0]:.5f} as they are, {errors[1]:.5f} rotated; "
+            f"{'rotating' if errors[1] < errors[0] else 'not rotating'} the residual stream"
+        )
+        return rotated if errors[1] < errors[0] else self.source
+
+    def _trial_error(self, source: WeightSource, progress: Progress) -> float:
+        """Mean error of a few layers, quantized, on windows that they were not fitted to."""
+        config = source.config
+        quantizer = self._quantizer(config)
+        held_out, *fitted = self._embed(source)
+        trials = {config.num_layers * part // 4 for part in (1, 2, 3)}
+        errors = []
+        for index in progress.track(range(max(trials) + 1), description="Trying a basis"):
+            layer = read_layer(source, index, self.device)
+            if index in trials:
+                quantized, _ = quantizer.quantize(layer, Streams(fitted, fitted))
+                served = quantizer.run_served(quantized.served, [held_out])
+                errors.append(Streams(quantizer.run_exact(layer, [held_out]), served).error)
+            held_out, *fitted = quantizer.run_exact(layer, [held_out, *fitted])
+        return sum(errors) / len(errors)
+
+    def _layers(
+        self, source: WeightSource, writer: CheckpointWriter
+    ) -> Iterator[tuple[int, float]]:
+        """Quantize and write each layer that is not written yet; yields its index and error."""
+        quantizer = self._quantizer(source.config)
+        done, streams = self._start(source, writer)
+        for index in range(done, source.config.num_layers):
+            layer = read_layer(source, index, self.device)
+            quantized, streams = quantizer.quantize(layer, streams)
+            writer.write(_shard(index + 1), _tensors(quantized, index, _float_dtype(source.config)))
+            writer.save_state(index + 1, _packed_streams(streams))
+            yield index, streams.error
+
+    def _start(self, source: WeightSource, writer: CheckpointWriter) -> tuple[int, Streams]:
+        embedded = self._embed(source)
+        done, state = writer.load_state()
+        if done == 0:
+            return 0, Streams(embedded, embedded)
+        sizes = [len(batch) for batch in embedded]
+        exact, served = (state[name].to(self.device).split(sizes) for name in ("exact", "served"))
+        return done, Streams(list(exact), list(served))
+
+    def _quantizer(self, config: ModelConfig) -> LayerQuantizer:
+        return LayerQuantizer(
+            config, self.recipe, self.group_size, self.windows.shape[1], self.device
+        )
+
+    def _embed(self, source: WeightSource) -> list[Tensor]:
+        """The calibration windows, embedded: batches [T, H] of whole windows."""
+        embedding = source.tensor(names.EMBEDDING)
+        sequences, length = self.windows.shape
+        windows = self.windows.split(max(1, min(_BATCH_TOKENS // length, sequences // 4)))
+        return [
+            embedding[batch.flatten().to(embedding.device)].to(self.device, torch.float32)
+            for batch in windows
+        ]
+
+    def _write_outer(self, source: WeightSource, writer: CheckpointWriter) -> None:
+        if not writer.has(_shard(0)):
+            outer = [name for name in names.tensor_shapes(source.config) if ".layers." not in name]
+            dtype = _float_dtype(source.config)
+            writer.write(_shard(0), {name: source.tensor(name).to(dtype) for name in outer})
 
 
-def _send(steps, value):
-    try:
-        return steps.send(value)
-    except StopIteration as stop:
-        return stop.value
+def _shard(number: int) -> str:
+    return f"model-{number:05d}"
+
+
+def _float_dtype(config: ModelConfig) -> torch.dtype:
+    """Of what is not quantized: the model's own, half precision at the most."""
+    return torch.float16 if config.dtype == torch.float32 else config.dtype
+
+
+def _tensors(quantized: QuantizedLayer, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A layer's tensors by their full names."""
+    tensors = {name: tensor.to(dtype) for name, tensor in quantized.tensors.items()}
+    for linear, weight in quantized.weights.items():
+        tensors |= {f"{linear}.{suffix}": tensor for suffix, tensor in weight.tensors().items()}
+    return {names.layer_prefix(index) + name: tensor for name, tensor in tensors.items()}
+
+
+def _packed_streams(streams: Streams) -> dict[str, Tensor]:
+    return {"exact": torch.cat(streams.exact), "served": torch.cat(streams.served)}

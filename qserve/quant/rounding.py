@@ -1,12 +1,13 @@
 """From a weight and the second moment of its inputs to codes on a fixed grid.
 
 Every method lowers tr(E H E^T) with E = dequantized - weight and H = X^T X over calibration inputs:
-round-to-nearest ignores H, GPTQ (arXiv 2210.17323) passes each column's error on to those not yet
-rounded, coordinate descent (arXiv 2309.01885) then revisits single codes until few change.
+round-to-nearest ignores H, GPTQ (arXiv 2210.17323) passes each column's error on to those that are
+not rounded yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,35 @@ class _Columns:
         return (codes - self.zero[column]) * self.step[column]
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a linear's inputs over tokens, float64 [K, K]: X served, D exact - served.
+
+    hessian: X^T X. cross: D^T X.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        exact: Sequence[Tensor],
+        served: Sequence[Tensor],
+        residuals: Sequence[Tensor | None],
+    ) -> Moments:
+        """Of batches [T, K]. Where the output is added to a residual stream [T, H], tokens count by
+        the inverse of its mean square: the norms that follow see errors relative to it."""
+        size = served[0].shape[1]
+        hessian = torch.zeros(size, size, dtype=torch.float64, device=served[0].device)
+        cross = torch.zeros_like(hessian)
+        for x, y, residual in zip(exact, served, residuals, strict=True):
+            weighted = y if residual is None else y / residual.square().mean(dim=1, keepdim=True)
+            hessian += weighted.T @ y
+            cross += (x - y).T @ weighted
+        return cls(hessian, cross)
+
+
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """`hessian` [K, K] plus `damping` times its mean diagonal; inputs never seen count as 1."""
     result = hessian.clone()
@@ -54,6 +84,19 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
     return result
+
+
+def propagated(weight: Tensor, moments: Moments, hessian: Tensor, strength: float) -> Tensor:
+    """The weight [N, K] that makes up, by `strength`, for what the served inputs lack.
+
+    At strength 1 it is the least-squares fit of the exact outputs from the served inputs; hessian
+    is the damped one.
+    """
+    if strength == 0:
+        return weight
+    lacking = weight.double() @ moments.cross
+    correction = torch.cholesky_solve(lacking.T, torch.linalg.cholesky(hessian)).T
+    return weight + strength * correction.to(weight.dtype)
 
 
 def error(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> Tensor:
@@ -93,34 +136,6 @@ def _gptq_block(
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with U^T U = inverse of `hessian`, in float64."""
-    lower = torch.linalg.cholesky(hessian.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-
-
-def coordinate_descent(
-    weight: Tensor, grid: WeightGrid, hessian: Tensor, codes: Tensor, sweeps: int
-) -> Tensor:
-    """Codes u8 [N, K] whose error is at most that of `codes`: each in turn set to its best."""
-    order = torch.arange(weight.shape[1], device=weight.device)
-    columns = _Columns.of(grid, order)
-    current = codes.T.float().contiguous()
-    difference = (current - columns.zero) * columns.step - weight.T
-    metric = hessian.to(weight.dtype)
-    for _ in range(sweeps):
-        for start in range(0, len(order), _BLOCK):
-            _descend_block(current, difference, columns, metric, start)
-    return current.T.to(torch.uint8).contiguous()
-
-
-def _descend_block(
-    codes: Tensor, difference: Tensor, columns: _Columns, metric: Tensor, start: int
-) -> None:
-    block = slice(start, min(start + _BLOCK, len(codes)))
-    gradient = metric[block] @ difference
-    inner = metric[block, block]
-    for row, column in enumerate(range(block.start, block.stop)):
-        now = columns.dequantize(column, codes[column])
-        codes[column] = columns.nearest(column, now - gradient[row] / inner[row, row])
-        change = columns.dequantize(column, codes[column]) - now
-        difference[column] += change
-        gradient.addr_(inner[row], change)
+    lower = torch.linalg.cholesky(hessian)
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return upper

@@ -1,0 +1,121 @@
+"""Recipes: how a model is quantized, as data, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qserve.formats.checkpoint import QuantizationConfig
+from qserve.quant.smooth import (
+    LayerPass,
+    ReorderChannels,
+    RotateValues,
+    SmoothAttention,
+    SmoothInputs,
+    SmoothOutputs,
+)
+
+
+class RecipeError(ValueError):
+    """There is no recipe of this name, or it does not go with a setting."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a model, in this order.
+
+    rotation: multiply the residual stream by a Hadamard matrix; "measured" if that lowers the error
+        of a few layers, quantized either way, on calibration text they were not fitted to.
+    passes: what is done to each layer before rounding; with `guarded`, each only where the layer's
+        error is not higher for it.
+    grid: "span" reaches from each group's minimum to its maximum, "search" is where it loses least.
+    rounding: to the nearest code, or GPTQ. damping: of its second moments, in mean diagonals.
+    propagation: how much of what the linears before lost is made up for, 0 to 1 (QEP,
+        arXiv 2504.09629; GPTAQ, arXiv 2504.02692, is 1).
+    wide_linears: linears kept at 8 bits, by their names within a layer.
+    sequences, length: calibration windows and tokens of each.
+    """
+
+    name: str
+    weight_bits: Literal[4, 8] = 4
+    activation_bits: Literal[8, 16] = 8
+    kv_bits: Literal[4, 8, 16] = 4
+    rotation: Literal["never", "always", "measured"] = "never"
+    k_hadamard: bool = False
+    passes: tuple[LayerPass, ...] = ()
+    guarded: bool = False
+    grid: Literal["span", "search"] = "span"
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    damping: float = 0.01
+    propagation: float = 0.0
+    wide_linears: tuple[str, ...] = ()
+    group_size: Literal["auto", -1] = "auto"
+    sequences: int = 32
+    length: int = 512
+
+    def quantization(self, group_size: int) -> QuantizationConfig:
+        """What a checkpoint made so says of itself."""
+        return QuantizationConfig(
+            weight_bits=self.weight_bits,
+            group_size=group_size if self.weight_bits == 4 else -1,
+            activation_bits=self.activation_bits,
+            kv_bits=self.kv_bits,
+            k_hadamard=self.k_hadamard,
+            recipe=self.name,
+        )
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "qoq",
+            rotation="measured",
+            k_hadamard=True,
+            passes=(RotateValues(),),
+            guarded=True,
+            grid="search",
+            damping=0.3,
+            propagation=0.25,
+            sequences=16,
+        ),
+        Recipe(
+            "qoq-paper-group",
+            rotation="always",
+            passes=(ReorderChannels(), SmoothAttention(0.5), SmoothOutputs(0.3, 0.7)),
+        ),
+        Recipe(
+            "qoq-paper-channel",
+            rotation="always",
+            passes=(SmoothAttention(0.5), SmoothOutputs(0.1, 0.9)),
+            grid="search",
+            group_size=-1,
+        ),
+        Recipe("rtn", rounding="nearest"),
+        Recipe(
+            "smoothquant",
+            weight_bits=8,
+            kv_bits=8,
+            passes=(SmoothInputs(0.85, 0.15),),
+            rounding="nearest",
+        ),
+        Recipe("gptq", activation_bits=16, kv_bits=16),
+        Recipe(
+            "awq",
+            activation_bits=16,
+            kv_bits=16,
+            passes=(SmoothInputs(0.5, 0.5), SmoothOutputs(0.5, 0.5)),
+            guarded=True,
+            grid="search",
+            rounding="nearest",
+        ),
+        Recipe("quarot", rotation="always", k_hadamard=True, passes=(RotateValues(),)),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name; RecipeError if there is none."""
+    if name not in RECIPES:
+        raise RecipeError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
