@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("cuda.core")
 
@@ -113,3 +115,19 @@ def test_cubins_are_kept_by_content(csrc: Path, monkeypatch: pytest.MonkeyPatch)
 def test_parameter_formats() -> None:
     formats = Kernel("k.cu", "k", "128s(2Pi)3Pf", 32).parameter_formats()
     assert formats == ["128s", "2Pi", "P", "P", "P", "f"]
+
+
+def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    jit.device_arch.cache_clear()
+    with pytest.raises(KernelError, match=r"compute capability 7\.5; 8\.0 is the oldest served"):
+        jit.device_arch(0)
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    for cached in (jit._core, jit._compiler_version):
+        cached.cache_clear()
+        monkeypatch.setattr(jit, cached.__name__, cached.__wrapped__)
+    with pytest.raises(KernelError, match=r"pip install qserve\[gpu\]"):
+        build(Kernel("producers.cu", "rms_norm", "P", 32), "sm_80")

@@ -174,3 +174,6 @@ def test_what_the_kernels_do_not_take() -> None:
     with pytest.raises(OpError, match="scale is on cpu"):
         moved = QuantizedActivation(x.codes, x.scale.cpu(), x.row_sum)
         quantized_linear(moved, prepared, None, torch.float16)
+    on_cpu = QuantizedActivation(*(tensor.cpu() for tensor in vars(x).values()))
+    with pytest.raises(OpError, match="codes is on cpu, the weight on cuda:0"):
+        quantized_linear(on_cpu, prepared, None, torch.float16)

@@ -16,10 +16,10 @@ from torch.nn.functional import pad
 from qserve.formats import layout
 from qserve.formats.activation import QuantizedActivation
 from qserve.formats.weight import QuantizedWeight, W4Weight
-from qserve.kernels import jit
 from qserve.kernels.gemm_variants import BLOCK, SLAB_ROWS, Policy, gemm_kernel
-from qserve.kernels.jit import Kernel
+from qserve.kernels.jit import device_arch
 from qserve.kernels.op import OpError
+from qserve.kernels.tensor_map import tensor_map
 from qserve.kernels.tiles import Device, Problem, Tile, choose
 
 MAX_COLUMNS = 65536
@@ -84,14 +84,28 @@ class CudaWeight:
             raise OpError(f"quantized_linear: on a GPU out_dtype is 16 bits wide, not {out_dtype}")
         if bias is not None and bias.dtype != out_dtype:
             bias = bias.float()
-        _require_contiguous(codes=x.codes, scale=x.scale, row_sum=x.row_sum, bias=bias)
+        self._require_at_hand(codes=x.codes, scale=x.scale, row_sum=x.row_sum, bias=bias)
         out = torch.empty(x.codes.shape[0], self.shape[0], dtype=out_dtype, device=x.codes.device)
         if len(out):
             kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16)
-            _LAUNCHERS[tile.kind](kernel, tile, self, x, bias, out)
+            launch = _LAUNCHES[tile.kind](tile, self, x.codes, out)
+            arguments = (*launch.before, *self._operands(x, bias), *launch.after)
+            kernel(out.device, launch.grid, arguments)
         return out
 
-    def operands(self, x: QuantizedActivation, bias: Tensor | None) -> tuple[object, ...]:
+    def _require_at_hand(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor.device != self.packed.device:
+                raise OpError(
+                    f"quantized_linear: {name} is on {tensor.device}, "
+                    f"the weight on {self.packed.device}"
+                )
+            if not tensor.is_contiguous():
+                raise OpError(f"quantized_linear: {name} must be contiguous")
+
+    def _operands(self, x: QuantizedActivation, bias: Tensor | None) -> tuple[object, ...]:
         """The fields of `Operands` in csrc/epilogue.cuh."""
         bias_is_float = bias is not None and bias.dtype == torch.float32
         pointers = (self.packed, self.scale, self.zero, bias, x.scale, x.row_sum)
@@ -140,70 +154,47 @@ def _pad_rows(values: Tensor) -> Tensor:
     return pad(values, (0, -len(values) % BLOCK)).contiguous()
 
 
-def _launch_large(
-    kernel: Kernel,
-    tile: Tile,
-    weight: CudaWeight,
-    x: QuantizedActivation,
-    bias: Tensor | None,
-    out: Tensor,
-) -> None:
+@dataclass(frozen=True)
+class _Launch:
+    """The grid, and a kernel's arguments before and after its `Operands`."""
+
+    grid: tuple[int, ...]
+    before: tuple[object, ...]
+    after: tuple[object, ...]
+
+
+def _large(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
     clusters = weight.device.multiprocessors // tile.cluster
     tiles = -(-len(out) // tile.tokens) * -(-weight.shape[0] // (tile.rows * tile.cluster))
-    whole = whole_tiles(tiles, clusters, tile, weight.shape[1])
+    whole = _whole_tiles(tiles, clusters, tile, weight.shape[1])
     used = min(clusters, tiles if whole == tiles else max(whole, 2 * (tiles - whole)))
-    token_map = jit.tensor_map(x.codes, (tile.tokens // tile.cluster, BLOCK))
-    output_map = jit.tensor_map(out, (64, SLAB_ROWS))
-    kernel(
-        out.device,
-        (used * tile.cluster,),
-        (token_map, output_map, *weight.operands(x, bias), whole),
-    )
+    token_map = tensor_map(codes, (tile.tokens // tile.cluster, BLOCK))
+    output_map = tensor_map(out, (64, SLAB_ROWS))
+    return _Launch((used * tile.cluster,), (token_map, output_map), (whole,))
 
 
-def whole_tiles(tiles: int, clusters: int, tile: Tile, columns: int) -> int:
+def _whole_tiles(tiles: int, clusters: int, tile: Tile, columns: int) -> int:
     """Tiles that run whole; a last wave that is at most half full is split along K instead."""
     left = tiles % clusters
     splits = tile.cluster == 2 and 2 * left <= clusters and columns > 2 * BLOCK
     return tiles - left if splits else tiles
 
 
-def _launch_small(
-    kernel: Kernel,
-    tile: Tile,
-    weight: CudaWeight,
-    x: QuantizedActivation,
-    bias: Tensor | None,
-    out: Tensor,
-) -> None:
+def _small(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
     grid = (-(-weight.shape[0] // tile.rows) * tile.cluster, -(-len(out) // tile.tokens))
-    token_map = jit.tensor_map(x.codes, (tile.tokens, BLOCK))
-    kernel(out.device, grid, (token_map, *weight.operands(x, bias), out))
+    return _Launch(grid, (tensor_map(codes, (tile.tokens, BLOCK)),), (out,))
 
 
-def _launch_portable(
-    kernel: Kernel,
-    tile: Tile,
-    weight: CudaWeight,
-    x: QuantizedActivation,
-    bias: Tensor | None,
-    out: Tensor,
-) -> None:
+def _portable(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
     grid = (-(-len(out) // tile.tokens), -(-weight.shape[0] // tile.rows))
-    kernel(out.device, grid, (x.codes, *weight.operands(x, bias), out))
+    return _Launch(grid, (codes,), (out,))
 
 
-_LAUNCHERS = {"large": _launch_large, "small": _launch_small, "portable": _launch_portable}
+_LAUNCHES = {"large": _large, "small": _small, "portable": _portable}
 
 
 @cache
 def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    arch = jit.device_arch(device.index)
+    arch = device_arch(device.index)
     return Device(properties.name, arch, properties.multi_processor_count)
-
-
-def _require_contiguous(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise OpError(f"quantized_linear: {name} must be contiguous")

@@ -7,7 +7,7 @@ A kernel variant is declared once, at module level or in a cached factory, and c
     scale_rows(device, grid=(rows,), arguments=(x, y, rows))
 
 `parameters` has one letter of `struct` per C parameter: P pointer (a tensor or None), i int, q long
-long, f float, 128s a `TensorMap` (see `tensor_map`); in parentheses, a struct passed by value, whose
+long, f float, 128s a `TensorMap` (see `tensor_map.py`); in parentheses, a struct passed by value, whose
 fields follow each other in `arguments`. `constants` become `constexpr int` lines before the source,
 after the numbers of `formats.layout`; `#include "x.cuh"` is resolved inside `csrc/`. NVRTC compiles
 at the first launch (or in `warm_up`), and the cubin is kept on disk under a hash of everything that
@@ -115,7 +115,7 @@ class _Loaded:
     """A variant on one device."""
 
     def __init__(self, kernel: Kernel, device_index: int) -> None:
-        driver, core = _driver(), _core()
+        core = _core()
         self._kernel = kernel
         formats = [format + "0q" for format in kernel.parameter_formats()]  # 0q: 8-byte aligned
         self._layout = struct.Struct("".join(formats))
@@ -124,10 +124,10 @@ class _Loaded:
         cubin = build(kernel, device_arch(device_index)).cubin
         self._code = core.ObjectCode.from_cubin(cubin)
         handle = self._code.get_kernel(kernel.entry).handle
-        self._function = driver.CUfunction(int(handle))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._function = driver().CUfunction(int(handle))
+        attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(
-            driver.cuKernelSetAttribute(attribute, kernel.shared_bytes, handle, device_index),
+            driver().cuKernelSetAttribute(attribute, kernel.shared_bytes, handle, device_index),
             kernel,
         )
         self._config = lru_cache(maxsize=1024)(self._make_config)
@@ -137,12 +137,12 @@ class _Loaded:
         start = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value or 0
         table = self._table(*[start + offset for offset in self._offsets])
         config = self._config(stream, grid)
-        status = _driver().cuLaunchKernelEx(config, self._function, ctypes.addressof(table), 0)
+        status = driver().cuLaunchKernelEx(config, self._function, ctypes.addressof(table), 0)
         _check(status, self._kernel)
 
     def _make_config(self, stream: int, grid: tuple[int, ...]) -> Any:
-        driver, kernel = _driver(), self._kernel
-        config = driver.CUlaunchConfig()
+        kernel = self._kernel
+        config = driver().CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
         config.sharedMemBytes = kernel.shared_bytes
@@ -153,17 +153,16 @@ class _Loaded:
 
 
 def _attributes(kernel: Kernel) -> list[Any]:
-    driver = _driver()
-    names = driver.CUlaunchAttributeID
+    names = driver().CUlaunchAttributeID
     attributes = []
     if kernel.cluster > 1:
-        cluster = driver.CUlaunchAttribute()
+        cluster = driver().CUlaunchAttribute()
         cluster.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         size = cluster.value.clusterDim
         size.x, size.y, size.z = kernel.cluster, 1, 1
         attributes.append(cluster)
     if kernel.overlap:
-        overlap = driver.CUlaunchAttribute()
+        overlap = driver().CUlaunchAttribute()
         overlap.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         overlap.value.programmaticStreamSerializationAllowed = 1
         attributes.append(overlap)
@@ -174,46 +173,6 @@ def _value(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return 0 if argument is None else argument
-
-
-def tensor_map(matrix: Tensor, box: tuple[int, int]) -> bytes:
-    """The copy engine's description of a row-major matrix, for a `128s` parameter (sm_90).
-
-    box: rows and columns of one copy, columns spanning 128 bytes, the width of the swizzle.
-    Reads beyond the matrix give zeros, writes beyond it are dropped.
-    """
-    rows, columns = matrix.shape
-    pitch = matrix.stride(0) * matrix.element_size()
-    return _encode_tensor_map(matrix.data_ptr(), matrix.element_size(), rows, columns, pitch, box)
-
-
-@lru_cache(maxsize=4096)
-def _encode_tensor_map(
-    address: int, element_size: int, rows: int, columns: int, pitch: int, box: tuple[int, int]
-) -> bytes:
-    driver = _driver()
-    types = driver.CUtensorMapDataType
-    element = {
-        1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-        2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-    }[element_size]
-    long, short = driver.cuuint64_t, driver.cuuint32_t
-    status, encoded = driver.cuTensorMapEncodeTiled(
-        element,
-        2,
-        address,
-        [long(columns), long(rows)],
-        [long(pitch)],
-        [short(box[1]), short(box[0])],
-        [short(1), short(1)],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise KernelError(f"tensor map of {rows} x {columns}, box {box}: {status.name}")
-    return struct.pack("16Q", *(int(word) for word in encoded.opaque))
 
 
 def warm_up(kernels: Iterable[Kernel], device: torch.device) -> None:
@@ -313,11 +272,12 @@ def _core() -> Any:
 
 
 @cache
-def _driver() -> Any:
+def driver() -> Any:
+    """The CUDA driver's bindings."""
     _core()
-    from cuda.bindings import driver
+    from cuda.bindings import driver as bindings
 
-    return driver
+    return bindings
 
 
 @cache
