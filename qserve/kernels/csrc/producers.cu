@@ -8,7 +8,7 @@ constexpr int PER_THREAD = (VECTORS + THREADS - 1) / THREADS;
 constexpr int WARPS = THREADS / 32;
 static_assert(COLUMNS % WIDTH == 0, "rows are read in vectors of 16 bytes");
 
-// One thread's part of a row: vectors thread, thread + THREADS, ...; what lies past the end is zero.
+// One thread's part of a row: vectors thread, thread + THREADS, ... as far as there are any.
 struct Values {
   float at[PER_THREAD][WIDTH];
 
@@ -112,7 +112,8 @@ DEVICE void normalize_row(Values& values, const uint16* x, const uint16* residua
       load_vector(added, residual + start, vector);
 #pragma unroll
       for (int i = 0; i < WIDTH; i += 2) {
-        const float2 rounded = unpack_pair<BFLOAT16>(pack_pair<BFLOAT16>(v[i] + added[i], v[i + 1] + added[i + 1]));
+        const uint32 sums = pack_pair<BFLOAT16>(v[i] + added[i], v[i + 1] + added[i + 1]);
+        const float2 rounded = unpack_pair<BFLOAT16>(sums);
         v[i] = rounded.x, v[i + 1] = rounded.y;
       }
       store_vector(total + start, vector, v);

@@ -1,5 +1,5 @@
-// The end of a tile whose K was cut: every part leaves its exact integer sums in shared memory, then
-// the threads add them, finish the outputs and store four neighbouring rows of a token at a time.
+// The end of a tile whose K was cut: every part leaves its exact integer sums in shared memory,
+// then the threads add them, finish the outputs and store four neighbouring rows of a token.
 #pragma once
 #include "epilogue.cuh"
 
@@ -69,10 +69,11 @@ struct Finish {
                                              int index, const Token& terms) const {
     if (index >= share_start + SHARE_TOKENS || first_token + index >= operands.tokens) return;
     const int4 sum = add_parts(sums + (index * PITCH + row() - first_row) * 4);
-    const uint32 low = pack_pair<OUTPUT_BFLOAT16>(finish(sum.x, rows[0], terms), finish(sum.y, rows[1], terms));
-    const uint32 high = pack_pair<OUTPUT_BFLOAT16>(finish(sum.z, rows[2], terms), finish(sum.w, rows[3], terms));
+    const float first = finish(sum.x, rows[0], terms), second = finish(sum.y, rows[1], terms);
+    const float third = finish(sum.z, rows[2], terms), fourth = finish(sum.w, rows[3], terms);
     const int64 start = static_cast<int64>(first_token + index) * operands.rows + row();
-    *reinterpret_cast<uint2*>(output + start) = make_uint2(low, high);
+    *reinterpret_cast<uint2*>(output + start) = make_uint2(
+        pack_pair<OUTPUT_BFLOAT16>(first, second), pack_pair<OUTPUT_BFLOAT16>(third, fourth));
   }
   // After `load_terms`, once every part's sums can be seen.
   __device__ __forceinline__ void store(const Operands& operands, uint32 sums, uint16* output) {

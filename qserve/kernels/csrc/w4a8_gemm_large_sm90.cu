@@ -1,6 +1,6 @@
-// W4A8 GEMM for many tokens on Hopper: persistent, one block per multiprocessor, tiles of ROWS weight
-// rows x TOKENS tokens. Two warpgroups multiply; in a third, one thread streams weights and one
-// streams activations through a ring of stages of 128 columns. A cluster's two blocks take
+// W4A8 GEMM for many tokens on Hopper: persistent, one block per multiprocessor, tiles of ROWS
+// weight rows x TOKENS tokens. Two warpgroups multiply; in a third, one thread streams weights and
+// one streams activations through a ring of stages of 128 columns. A cluster's two blocks take
 // neighbouring row tiles and share the activations by multicast.
 //
 // Tiles that would leave the last wave more than half empty are split along K instead, over the two
@@ -148,10 +148,10 @@ DEVICE void accumulate(int (&accumulator)[SLABS][TOKENS / 2], const Shared& shar
 
   auto load = [&](int half) {
     shared.barriers.wait_full(ring);
+    const int first_slot = ring.stage * 2 * SLABS + first_slab;
 #pragma unroll
     for (int slab = 0; slab < SLABS; slab++)
-      load_fragment(packed[slab],
-                    shared.weights + (ring.stage * 2 * SLABS + first_slab + slab) * SLAB_BYTES, half);
+      load_fragment(packed[slab], shared.weights + (first_slot + slab) * SLAB_BYTES, half);
   };
   auto step = [&](uint32(&operand)[SLABS][8 * HALVES], int half) {
 #pragma unroll

@@ -1,6 +1,7 @@
-// W4A8 GEMM on mma.sync, for every GPU from sm_80 on. A block makes ROWS weight rows x TOKENS tokens;
-// each warp multiplies 32 rows by all tokens, so no weight is dequantized twice, and INTERLEAVE
-// groups of warps share out K, one block of 128 columns each per stage. Copies run ahead in a ring.
+// W4A8 GEMM on mma.sync, for every GPU from sm_80 on. A block makes ROWS weight rows x TOKENS
+// tokens; each warp multiplies 32 rows by all tokens, so no weight is dequantized twice, and
+// INTERLEAVE groups of warps share out K, one block of 128 columns each per stage. Copies run ahead
+// in a ring.
 #include "weight.cuh"
 
 constexpr int WARP_ROWS = 32;
@@ -38,7 +39,8 @@ DEVICE void copy_tokens(uint32 tokens, const int8* x, const Operands& operands, 
   const int thread = place.warp * 32 + place.lane, chunk = thread % 8;
   const int column = block * BLOCK + chunk * 16;
   const int present = column < operands.columns ? operands.tokens - place.first_token : 0;
-  const int8* source = x + static_cast<int64>(place.first_token + thread / 8) * operands.columns + column;
+  const int64 first_token = place.first_token + thread / 8;
+  const int8* source = x + first_token * operands.columns + column;
 #pragma unroll 2  // more would cost the sums their registers
   for (int token = thread / 8; token < TOKENS; token += step, source += step * operands.columns)
     copy_async_16(token_chunk(tokens, token, chunk), token < present ? source : x, token < present);
@@ -63,8 +65,8 @@ DEVICE void copy_weights(uint32 codes, const Operands& operands, const Place& pl
 
 DEVICE void multiply(int (&sum)[4], const uint32* weights, uint32 tokens0, uint32 tokens1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-      " {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(tokens0),
         "r"(tokens1));

@@ -1,7 +1,7 @@
-// W4A8 GEMM for few tokens on Hopper, where streaming the weights is all the time there is: one tile
-// of ROWS weight rows x TOKENS tokens per block, K cut over the CLUSTER blocks of a cluster and, in a
-// block, dealt out over INTERLEAVE warpgroups per 64 rows. The exact integer sums of all parts are
-// added through distributed shared memory, so the result does not depend on the cut.
+// W4A8 GEMM for few tokens on Hopper, where streaming the weights is all the time there is: one
+// tile of ROWS weight rows x TOKENS tokens per block, K cut over the CLUSTER blocks of a cluster
+// and, in a block, dealt out over INTERLEAVE warpgroups per 64 rows. The exact integer sums of all
+// parts are added through distributed shared memory, so the result does not depend on the cut.
 //
 // The weight stream starts before the predecessor of this kernel has ended; only the activations
 // wait for it.
@@ -60,8 +60,8 @@ DEVICE void stream_tokens(const TensorMap* map, const Shared& shared, int token,
   }
 }
 
-// The sums of one slab over every INTERLEAVE-th block of 128 columns. A group of multiplies stays in
-// flight while the next is dequantized; the two operand buffers alternate.
+// The sums of one slab over every INTERLEAVE-th block of 128 columns. A group of multiplies stays
+// in flight while the next is dequantized; the two operand buffers alternate.
 DEVICE void accumulate(int (&accumulator)[1][TOKENS / 2], const Shared& shared, int slab, int part,
                        int blocks) {
   uint32 even[1][16], odd[1][16];

@@ -4,8 +4,8 @@
 // A slab holds 64 rows x 128 columns. Of every 64 columns each thread of four warps (16 rows each)
 // has, in LOADS times 16 consecutive bytes, the fragments of two multiplies 32 columns deep, for
 // wgmma and mma.sync alike: of 4-bit codes the low nibbles are the first and the high the second.
-// Per-group weights follow with one word per row pair (g, g + 8) and group: {scale, offset} of row g,
-// {scale, offset} of row g + 8, where offset = 128 + s2_zero as a byte.
+// Per-group weights follow with one word per row pair (g, g + 8) and group: {scale, offset} of row
+// g, {scale, offset} of row g + 8, where offset = 128 + s2_zero as a byte.
 #pragma once
 #include "ptx.cuh"
 
@@ -29,8 +29,8 @@ struct PackedFragment {
   uint4 codes[HALVES * LOADS];
   uint32 scales[HALVES];
 
-  // code_address: this thread's first 16 bytes; the next are `stride` on. scale_address: the word of
-  // this thread's row pair in the first group; the next group's is `scale_stride` on.
+  // code_address: this thread's first 16 bytes; the next are `stride` on. scale_address: the word
+  // of this thread's row pair in the first group; the next group's is `scale_stride` on.
   __device__ __forceinline__ void load(uint32 code_address, uint32 stride, uint32 scale_address,
                                        uint32 scale_stride, int first_half) {
 #pragma unroll
