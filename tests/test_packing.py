@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from qserve.formats import layout
 from qserve.formats.weight import W4Weight, W8Weight, fit_grid
+from qserve.kernels import OpError
 from qserve.kernels.gemm_cuda import pack_blocks
 
 ROWS, COLUMNS = 192, 320
@@ -53,3 +54,11 @@ def test_group_scales_and_offsets() -> None:
     zeros = layout.unpack_group_scales(weight.s2_zeros)
     assert torch.equal(packed[(*slab, word)].view(torch.int8), scales)
     assert torch.equal(packed[(*slab, word + 1)].int(), 128 + zeros.int())
+
+
+def test_a_weight_beyond_eight_bits_is_refused() -> None:
+    weight = make_weight(64)
+    assert weight.s2_scales is not None
+    wild = W4Weight(weight.qweight, weight.s1_scales, None, weight.s2_scales * 3, weight.s2_zeros)
+    with pytest.raises(OpError, match="beyond 8 bits"):
+        pack_blocks(wild)

@@ -139,10 +139,18 @@ def _pack_scales(weight: W4Weight, rows: int, columns: int) -> Tensor:
     groups = BLOCK // weight.group_size
     scale = layout.unpack_group_scales(weight.s2_scales).view(torch.uint8)
     offset = layout.unpack_group_scales(weight.s2_zeros).view(torch.uint8) + 128
+    _require_bytes(weight.codes(), scale, offset)
     pairs = torch.stack([scale, offset], dim=-1)
     pairs = pad(pairs, (0, 0, 0, columns * groups - pairs.shape[1], 0, rows * BLOCK - len(pairs)))
     pairs = pairs.view(rows, 2, 4, 2, 8, columns, groups, 2)
     return pairs.permute(0, 5, 1, 6, 2, 4, 3, 7).reshape(rows, columns, 2, -1)
+
+
+def _require_bytes(codes: Tensor, scale: Tensor, offset: Tensor) -> None:
+    """The kernels dequantize four codes in one multiply-add, which holds while none exceeds 255."""
+    grouped = codes.view(*scale.shape, -1).to(torch.int16)
+    if (grouped * scale[:, :, None] + offset[:, :, None]).max() > 255:
+        raise OpError("prepare_weight: level-2 scales and zeros take a weight beyond 8 bits")
 
 
 def _pad_blocks(codes: Tensor) -> Tensor:
