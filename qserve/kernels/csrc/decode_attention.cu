@@ -46,16 +46,12 @@ DEVICE void init_barriers() {
     barrier_init(address(shared().deposited[i]), 1);
     barrier_init(address(shared().drained[i]), MERGERS);
   }
-#if __CUDA_ARCH__ >= 900
-  mbarrier_init_done();
-  fence_for_copy_engine();
-#endif
-  __syncthreads();
+  publish_barriers();
 }
 
 // Pages of earlier steps are fetched before the preceding kernel, which may append to the newest
 // page, has ended.
-DEVICE void fetch(const Arguments& arguments) {
+DEVICE void fetch_pages(const Arguments& arguments) {
   const int lane = threadIdx.x % 32;
   RingPosition position = {0, 0};
   for_each_work(arguments.work, [&](const Work& work, int) {
@@ -71,8 +67,8 @@ DEVICE void fetch(const Arguments& arguments) {
             static_cast<int64>(__shfl_sync(FULL_WARP, id, i)) * KV_HEADS + work.kv_head;
         if (item.first_page + base + i == newest) wait_for_predecessor();
         barrier_wait(address(shared().empty[position.stage]), position.phase ^ 1);
-        fetch_block(address(shared().pages[position.stage]), arguments.pool + block * BLOCK_BYTES,
-                    address(shared().full[position.stage]));
+        fetch(address(shared().pages[position.stage]), arguments.pool + block * BLOCK_BYTES,
+              BLOCK_BYTES, address(shared().full[position.stage]));
         position.advance(1);
       }
     }
@@ -208,5 +204,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   else if (warp < WARPS + MERGERS)
     merge(arguments);
   else
-    fetch(arguments);
+    fetch_pages(arguments);
 }

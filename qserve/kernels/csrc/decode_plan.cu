@@ -56,8 +56,9 @@ DEVICE int scan_bins(int (&counts)[BINS]) {
   return __shfl_sync(FULL_WARP, upto, 31);
 }
 
+__shared__ int bins[BINS];
+
 extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(const Arguments arguments) {
-  __shared__ int bins[BINS];
   if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
   __syncthreads();
   for (int sequence = threadIdx.x; sequence < arguments.sequences; sequence += THREADS) {

@@ -1,0 +1,33 @@
+// Floats as the hardware converts them, one instruction each.
+#pragma once
+#include "ptx.cuh"
+
+// The low and the high element of a pair of float16 or bfloat16.
+template <bool BF16>
+DEVICE float2 unpack_pair(uint32 pair) {
+  if (BF16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
+  float2 v;
+  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(pair));
+  return v;
+}
+
+// Rounded to the nearest even.
+template <bool BF16>
+DEVICE uint32 pack_pair(float low, float high) {
+  uint32 pair;
+  if (BF16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Approximate to two units in the last place; the result for -infinity is 0.
+DEVICE float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}

@@ -1,0 +1,79 @@
+"""Kernels of `csrc/` on a CPU: compiled as C++ over a runtime that emulates a block's threads.
+
+The headers beside this file replace those of `csrc/` that speak to the hardware; all else is what a
+GPU runs. Schedules are random, so a missing barrier shows as a wrong result or a deadlock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qserve.kernels import jit
+from qserve.kernels.jit import Kernel
+
+HERE = Path(__file__).parent
+COMPILE = ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
+ENTRY = """
+extern "C" const char* launch(const Arguments* arguments, unsigned x, unsigned y, unsigned z,
+                              int threads, unsigned seed, int longest_copy) {{
+  return run_grid({{x, y, z}}, threads, seed, longest_copy, [=] {{ {entry}(*arguments); }});
+}}
+"""
+
+
+class EmulationError(RuntimeError):
+    """A kernel deadlocks or misuses what its threads share."""
+
+
+class Emulator:
+    """Compiles into `directory` and runs kernels whose one parameter is a struct `Arguments`.
+
+    seed: of the schedule. longest_copy: steps of the schedule that a copy may take.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.seed = 0
+        self.longest_copy = 2000
+        self._directory = directory
+        self._libraries: dict[int, tuple[Kernel, ctypes.CDLL]] = {}
+        self.sources = directory / "csrc"
+        shutil.copytree(jit.CSRC, self.sources)
+        for header in (*HERE.glob("*.cuh"), *HERE.glob("*.hpp")):
+            shutil.copy(header, self.sources)
+
+    def launch(
+        self, kernel: Kernel, device: torch.device, grid: Sequence[int], arguments: Sequence[Any]
+    ) -> None:
+        """What `Kernel.__call__` does on a GPU, for tensors on the CPU."""
+        (layout,) = kernel.parameter_formats()
+        values = (x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments)
+        packed = struct.pack(f"@{layout}0q", *values)
+        size = (*grid, 1, 1)[:3]
+        library = self._library(kernel)
+        error = library.launch(packed, *size, kernel.threads, self.seed, self.longest_copy)
+        if error is not None:
+            raise EmulationError(f"{kernel}: {error.decode()}")
+
+    def _library(self, kernel: Kernel) -> ctypes.CDLL:
+        if id(kernel) not in self._libraries:
+            self._libraries[id(kernel)] = kernel, self._compile(kernel)
+        return self._libraries[id(kernel)][1]
+
+    def _compile(self, kernel: Kernel) -> ctypes.CDLL:
+        source = self._directory / f"{kernel.entry}{len(self._libraries)}.cpp"
+        fresh = dataclasses.replace(kernel)  # whose text comes from our sources
+        source.write_text(fresh.text + ENTRY.format(entry=kernel.entry))
+        library = source.with_suffix(".so")
+        subprocess.run([*COMPILE, str(source), "-o", str(library)], check=True)
+        loaded = ctypes.CDLL(str(library))
+        loaded.launch.restype = ctypes.c_char_p
+        return loaded

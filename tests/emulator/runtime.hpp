@@ -1,0 +1,308 @@
+// CUDA's execution model on one CPU thread, for kernels that are to be tested without a GPU.
+//
+// The threads of a block are fibers, which run in a random order and change at every operation that
+// waits. Warp-wide operations wait for all 32 lanes. Copies to shared memory land late and in any
+// order; until then their target reads as 0xFF. A deadlock, lanes that meet in different operations
+// and barriers that are misused end the launch with a message.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __CUDA_ARCH__ 900
+#define threadIdx (emulator::current->thread)
+
+struct Index {
+  unsigned x, y, z;
+};
+struct float2 {
+  float x, y;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline Index blockIdx, gridDim;
+inline constexpr size_t SHARED_LIMIT = 232448;
+alignas(1024) inline unsigned char shared_memory[SHARED_LIMIT];
+
+namespace emulator {
+
+using Words =
+    std::array<unsigned, 10>;  // what a lane brings to a warp-wide operation, or takes away
+using Lanes = std::array<Words, 32>;
+
+struct Fiber {
+  Index thread;
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  Words result;
+};
+
+struct Meeting {  // of a warp's lanes, or of a block's threads
+  const char* operation = nullptr;
+  std::vector<Fiber*> arrived;
+  Lanes operands;
+};
+
+struct Barrier {
+  int expected = 0, pending = 0;
+  long bytes = 0;
+  unsigned phase = 0;
+  std::vector<Fiber*> waiting;
+};
+
+struct Copy {
+  unsigned target;
+  const unsigned char* source;
+  unsigned bytes, barrier;
+  long due;
+};
+
+inline Fiber* current;
+inline ucontext_t scheduler;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::vector<Fiber*> runnable;
+inline std::array<Meeting, 32> warps;
+inline Meeting block;
+inline std::map<unsigned, Barrier> barriers;
+inline std::vector<Copy> copies;
+inline std::function<void()> kernel;
+inline std::mt19937 random;
+inline std::string error;
+inline long now;
+inline int finished, block_threads, longest_copy;
+
+inline void leave() { swapcontext(&current->context, &scheduler); }
+
+[[noreturn]] inline void fail(const std::string& message) {
+  error = message + " (thread " + std::to_string(current->thread.x) + ")";
+  while (true) leave();
+}
+
+inline void wake(std::vector<Fiber*>& sleepers) {
+  runnable.insert(runnable.end(), sleepers.begin(), sleepers.end());
+  sleepers.clear();
+}
+
+// Waits for `size` threads; the last to come does `conclude`, then all go on.
+inline void meet(Meeting& meeting, const char* operation, size_t size,
+                 const std::function<void()>& conclude) {
+  if (meeting.arrived.empty()) meeting.operation = operation;
+  if (std::strcmp(meeting.operation, operation))
+    fail(std::string(operation) + " meets " + meeting.operation);
+  meeting.arrived.push_back(current);
+  if (meeting.arrived.size() < size) return leave();
+  conclude();
+  meeting.arrived.pop_back();
+  wake(meeting.arrived);
+}
+
+using Combine = std::function<Words(const Lanes&, int lane)>;
+
+inline Words warp_wide(const char* operation, const Words& operands, const Combine& combine) {
+  const unsigned first = current->thread.x / 32 * 32;
+  Meeting& warp = warps[first / 32];
+  warp.operands[current->thread.x % 32] = operands;
+  meet(warp, operation, 32, [&] {
+    for (int lane = 0; lane < 32; lane++)
+      fibers[first + lane]->result = combine(warp.operands, lane);
+  });
+  return current->result;
+}
+
+template <class T>
+unsigned to_word(T value) {
+  static_assert(sizeof(T) == 4);
+  unsigned word;
+  std::memcpy(&word, &value, 4);
+  return word;
+}
+
+template <class T>
+T from_word(unsigned word) {
+  T value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+template <class T>
+T shuffle(const char* operation, T value, unsigned source) {
+  const Words operands = {to_word(value), source};
+  return from_word<T>(warp_wide(operation, operands, [](const Lanes& lanes, int lane) {
+    return Words{lanes[lanes[lane][1] % 32][0]};
+  })[0]);
+}
+
+inline unsigned shared_offset(const void* pointer) {
+  const auto offset = static_cast<const unsigned char*>(pointer) - shared_memory;
+  if (offset < 0 || offset >= static_cast<long>(SHARED_LIMIT)) fail("not in shared memory");
+  return offset;
+}
+
+inline Barrier& barrier_at(unsigned address) {
+  if (address % 8) fail("misaligned barrier");
+  return barriers[address];
+}
+
+inline void advance(Barrier& barrier) {
+  if (barrier.pending < 0) error = "a barrier got more arrivals than it expects";
+  if (barrier.pending || barrier.bytes) return;
+  barrier.phase++, barrier.pending = barrier.expected;
+  wake(barrier.waiting);
+}
+
+inline void land(const Copy& copy) {
+  std::memcpy(shared_memory + copy.target, copy.source, copy.bytes);
+  Barrier& barrier = barriers[copy.barrier];
+  barrier.bytes -= copy.bytes;
+  advance(barrier);
+}
+
+inline void land_due_copies() {
+  const auto late = std::stable_partition(copies.begin(), copies.end(),
+                                          [](const Copy& copy) { return copy.due <= now; });
+  std::vector<Copy> landing(copies.begin(), late);
+  copies.erase(copies.begin(), late);
+  for (const Copy& copy : landing) land(copy);
+}
+
+inline void run_next() {
+  std::swap(runnable[random() % runnable.size()], runnable.back());
+  current = runnable.back();
+  runnable.pop_back();
+  swapcontext(&scheduler, &current->context);
+}
+
+inline void start() {
+  kernel();
+  finished++;
+  leave();
+}
+
+inline void create_fiber(unsigned thread) {
+  if (fibers.size() <= thread) fibers.push_back(std::make_unique<Fiber>());
+  Fiber* fiber = fibers[thread].get();
+  fiber->thread = {thread, 0, 0};
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack.data();
+  fiber->context.uc_stack.ss_size = fiber->stack.size();
+  makecontext(&fiber->context, start, 0);
+  runnable.push_back(fiber);
+}
+
+inline void run_block(int threads) {
+  warps = {}, block = {}, finished = 0, block_threads = threads;
+  runnable.clear(), copies.clear(), barriers.clear();
+  std::memset(shared_memory, 0xFF, SHARED_LIMIT);
+  for (int thread = 0; thread < threads; thread++) create_fiber(thread);
+  while (finished < threads && error.empty()) {
+    now++;
+    land_due_copies();
+    if (!runnable.empty()) {
+      run_next();
+    } else if (copies.empty()) {
+      error = "deadlock: " + std::to_string(threads - finished) + " threads wait";
+    } else {
+      now = std::min_element(copies.begin(), copies.end(), [](const Copy& a, const Copy& b) {
+              return a.due < b.due;
+            })->due;
+    }
+  }
+  if (error.empty() && !copies.empty()) error = "copies outlive the block";
+}
+
+}  // namespace emulator
+
+// Runs every block of a grid; returns what went wrong, or null.
+inline const char* run_grid(Index grid, int threads, unsigned seed, int longest_copy,
+                            const std::function<void()>& kernel) {
+  emulator::kernel = kernel, emulator::error.clear(), emulator::random.seed(seed);
+  emulator::longest_copy = longest_copy, gridDim = grid;
+  for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
+      for (blockIdx.x = 0; blockIdx.x < grid.x && emulator::error.empty(); blockIdx.x++)
+        emulator::run_block(threads);
+  return emulator::error.empty() ? nullptr : emulator::error.c_str();
+}
+
+// ---- CUDA's built-in functions ---------------------------------------------------------------
+
+using std::max;
+using std::min;
+
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned word) { return emulator::from_word<float>(word); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+inline int atomicAdd(int* address, int value) {
+  *address += value;
+  return *address - value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::shuffle("shfl.bfly", value, threadIdx.x % 32 ^ mask);
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulator::shuffle("shfl.idx", value, source);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = threadIdx.x % 32;
+  return emulator::shuffle("shfl.up", value, lane < delta ? lane : lane - delta);
+}
+
+inline bool __any_sync(unsigned, bool predicate) {
+  return emulator::warp_wide("any", {predicate}, [](const emulator::Lanes& lanes, int) {
+    return emulator::Words{std::any_of(lanes.begin(), lanes.end(), [](auto& w) { return w[0]; })};
+  })[0];
+}
+
+inline void __syncwarp() {
+  emulator::warp_wide("syncwarp", {},
+                      [](const emulator::Lanes&, int) { return emulator::Words{}; });
+}
+
+inline void __syncthreads() {
+  using emulator::block, emulator::block_threads;
+  emulator::meet(block, "syncthreads", block_threads, [] {});
+}
