@@ -24,7 +24,7 @@ from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.loader import check_names
 from qserve.models.source import WeightSource
-from qserve.quant.calibrate import calibration_text, calibration_windows, read_layer
+from qserve.quant.calibrate import Layer, calibration_text, calibration_windows, read_layer
 from qserve.quant.layer import LayerQuantizer, QuantizedLayer, Streams
 from qserve.quant.recipe import Recipe, RecipeError, find_recipe
 from qserve.quant.rotate import RotatedSource
@@ -32,6 +32,7 @@ from qserve.quant.rotate import RotatedSource
 GroupSize = Literal["auto", -1, 64, 128]
 
 _BATCH_TOKENS = 1024
+_TRIAL_BATCHES = 4
 
 
 def quantize(
@@ -119,34 +120,43 @@ class _Job:
         rotated = RotatedSource(self.source, self.device)
         if self.recipe.rotation == "always":
             return rotated
-        errors = [self._trial_error(basis, progress) for basis in (self.source, rotated)]
+        plain, turned = self._trial_errors(rotated, progress)
         progress.console.print(
-            f"Error of trial layers: {errors[0]:.5f} as they are, {errors[1]:.5f} rotated; "
-            f"{'rotating' if errors[1] < errors[0] else 'not rotating'} the residual stream"
+            f"Error of trial layers: {plain:.5f} as they are, {turned:.5f} rotated: "
+            f"{'rotating' if turned < plain else 'not rotating'} the residual stream"
         )
-        return rotated if errors[1] < errors[0] else self.source
+        return rotated if turned < plain else self.source
 
-    def _trial_error(self, source: WeightSource, progress: Progress) -> float:
-        """Mean error of a few layers, quantized, on windows that they were not fitted to."""
-        config = source.config
-        quantizer = self._quantizer(config)
-        held_out, *fitted = self._embed(source)
-        trials = {config.num_layers * part // 4 for part in (1, 2, 3)}
-        errors = []
-        for index in progress.track(range(max(trials) + 1), description="Trying a basis"):
-            layer = read_layer(source, index, self.device)
+    def _trial_errors(self, rotated: RotatedSource, progress: Progress) -> tuple[float, float]:
+        """Summed errors of a few layers, as they are and rotated, each quantized for its own."""
+        layers = self.source.config.num_layers
+        trials = {layers // 3, 2 * layers // 3}
+        plain = turned = 0.0
+        batches = self._embed(self.source)[:_TRIAL_BATCHES]
+        for index in progress.track(range(max(trials) + 1), description="Trying a rotation"):
+            layer = read_layer(self.source, index, self.device)
             if index in trials:
-                quantized, _ = quantizer.quantize(layer, Streams(fitted, fitted))
-                served = quantizer.run_served(quantized.served, [held_out])
-                errors.append(Streams(quantizer.run_exact(layer, [held_out]), served).error)
-            held_out, *fitted = quantizer.run_exact(layer, [held_out, *fitted])
-        return sum(errors) / len(errors)
+                plain += self._trial_error(layer, batches)
+                basis = rotated.rotation.to(batches[0])
+                turned += self._trial_error(
+                    read_layer(rotated, index, self.device), [x @ basis for x in batches]
+                )
+            batches = self._quantizer().run_exact(layer, batches)
+        return plain, turned
+
+    def _trial_error(self, layer: Layer, batches: list[Tensor]) -> float:
+        """The error of a quantized layer on the first batch, fitted to the others."""
+        held_out, fitted = batches[:1], batches[1:]
+        quantizer = self._quantizer()
+        quantized, _ = quantizer.quantize(layer, Streams(fitted, fitted))
+        expected = quantizer.run_exact(layer, held_out)
+        return Streams(expected, quantizer.run_served(quantized.served, held_out)).error
 
     def _layers(
         self, source: WeightSource, writer: CheckpointWriter
     ) -> Iterator[tuple[int, float]]:
         """Quantize and write each layer that is not written yet; yields its index and error."""
-        quantizer = self._quantizer(source.config)
+        quantizer = self._quantizer()
         done, streams = self._start(source, writer)
         for index in range(done, source.config.num_layers):
             layer = read_layer(source, index, self.device)
@@ -164,9 +174,9 @@ class _Job:
         exact, served = (state[name].to(self.device).split(sizes) for name in ("exact", "served"))
         return done, Streams(list(exact), list(served))
 
-    def _quantizer(self, config: ModelConfig) -> LayerQuantizer:
+    def _quantizer(self) -> LayerQuantizer:
         return LayerQuantizer(
-            config, self.recipe, self.group_size, self.windows.shape[1], self.device
+            self.source.config, self.recipe, self.group_size, self.windows.shape[1], self.device
         )
 
     def _embed(self, source: WeightSource) -> list[Tensor]:

@@ -37,7 +37,7 @@ class RotatedSource:
 
     def __init__(self, source: WeightSource, device: torch.device | str = "cpu") -> None:
         self._source = source
-        self._rotation = hadamard(source.config.hidden_size).to(device)
+        self.rotation = hadamard(source.config.hidden_size).to(device)
         self.hf_config: dict[str, Any] = {**source.hf_config, "tie_word_embeddings": False}
 
     @property
@@ -59,10 +59,10 @@ class RotatedSource:
 
     def tensor(self, name: str) -> Tensor:
         if name == names.LM_HEAD:
-            return (self._head() * self._read(names.FINAL_NORM)) @ self._rotation
+            return (self._head() * self._read(names.FINAL_NORM)) @ self.rotation
         tensor = self._read(name)
         if name == names.EMBEDDING:
-            return tensor @ self._rotation
+            return tensor @ self.rotation
         if name == names.FINAL_NORM or name.endswith((names.ATTENTION_NORM, names.MLP_NORM)):
             return torch.ones_like(tensor)
         return self._layer_tensor(name, tensor)
@@ -71,11 +71,11 @@ class RotatedSource:
         _, _, index, linear = name.split(".", 3)
         linear, kind = linear.rsplit(".", 1)
         if linear in _WRITERS:
-            return self._rotation.T @ tensor
+            return self.rotation.T @ tensor
         if linear in _READERS and kind == "weight":
             return (
                 tensor * self._read(names.layer_prefix(int(index)) + _READERS[linear])
-            ) @ self._rotation
+            ) @ self.rotation
         return tensor
 
     def _head(self) -> Tensor:
@@ -83,7 +83,7 @@ class RotatedSource:
         return self._read(names.EMBEDDING if tied else names.LM_HEAD)
 
     def _read(self, name: str) -> Tensor:
-        return self._source.tensor(name).to(self._rotation.device, torch.float64)
+        return self._source.tensor(name).to(self.rotation.device, torch.float64)
 
 
 def rotate_values(layer: Layer, config: ModelConfig) -> Layer:
