@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from qserve.testing.timing import Call, copies_beyond_cache, time_interleaved
 
 DTYPE = torch.float16
 MAX_COPIES = 24
+APPEND_TOKENS = (1, 64, 256, 1024, 8192, 32768)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,20 @@ def bench_append(tokens: int, hadamard: bool = True) -> tuple[float, int]:
         for x in copies
     ]
     return time_interleaved({"append": calls})["append"].median, nbytes
+
+
+def bench_paged() -> None:
+    """Print every case at head dims 128 and 64 and with 8-bit pages, then the append kernel."""
+    bandwidth = measure_copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    for case in (*attention_cases(), *attention_cases(head_dim=64), *attention_cases(bits=8)):
+        print(bench_attention(case, bandwidth, with_torch=case.kv_format.bits == 4), flush=True)
+        torch.cuda.empty_cache()
+    for tokens, hadamard in product(APPEND_TOKENS, (True, False)):
+        elapsed, nbytes = bench_append(tokens, hadamard)
+        share = nbytes / (elapsed * 1e-6) / bandwidth
+        name = "append + Hadamard" if hadamard else "append"
+        print(f"{name:18s} {tokens:6d} tokens  {elapsed:8.2f} us  {share:6.1%} of copy")
 
 
 def measure_copy_bandwidth(nbytes: int = 1 << 30) -> float:

@@ -59,6 +59,14 @@ def kernels_(
         bench_kernels(tuple(family or FAMILIES), as_json=as_json)
 
 
+@bench.command()
+def attention() -> None:
+    """Decode attention over quantized pages, and the append kernel, against the copy bandwidth."""
+    from qserve.benchmark.attention import bench_paged
+
+    bench_paged()
+
+
 @kernels.command("compile")
 def compile_(
     arch: Annotated[list[str], typer.Option(help="Such as sm_80 or sm_90a; may be repeated.")],
