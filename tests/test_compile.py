@@ -18,12 +18,14 @@ from qserve.kernels import jit
 from qserve.kernels.compile import (
     POLICIES,
     Resources,
+    attention_variants,
+    compile_kernels,
     inspect,
     producer_variants,
     require_no_hazards,
     require_sound,
 )
-from qserve.kernels.gemm_variants import gemm_kernel
+from qserve.kernels.gemm_variants import Policy, gemm_kernel
 from qserve.kernels.jit import Kernel, KernelError, build
 from qserve.kernels.sass_check import count_multiplies, disassemble, hazards
 from qserve.kernels.tiles import Tile, tiles_for
@@ -32,8 +34,10 @@ HAS_DISASSEMBLER = shutil.which("cuobjdump") is not None or find_spec("triton") 
 
 
 def gemm_sample(arch: str, kind: str) -> list[Kernel]:
-    """Every tile with every weight format; the output's type alternates."""
-    pairs = [(tile, p) for tile in tiles_for(arch) if tile.kind == kind for p in POLICIES]
+    """Every tile with every way to multiply, one with fractional zeros; output types alternate."""
+    tiles = [tile for tile in tiles_for(arch) if tile.kind == kind]
+    pairs = [(tile, policy) for tile in tiles for policy in POLICIES if not policy.fractional_zeros]
+    pairs.append((tiles[0], Policy(fractional_zeros=True)))
     return [gemm_kernel(tile, policy, i % 2 == 1) for i, (tile, policy) in enumerate(pairs)]
 
 
@@ -50,8 +54,13 @@ def test_every_gemm_tile_compiles_soundly(arch: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_producers_compile_without_spills(arch: str) -> None:
-    require_sound(inspect(producer_variants(), arch))
+def test_producers_and_attention_compile_without_spills(arch: str) -> None:
+    require_sound(inspect(producer_variants() + attention_variants(arch), arch))
+
+
+def test_an_unknown_arch_is_refused() -> None:
+    with pytest.raises(KernelError, match="unknown arch sm_70; known are sm_80"):
+        compile_kernels(["sm_80", "sm_70"])
 
 
 @pytest.mark.skipif(not HAS_DISASSEMBLER, reason="needs cuobjdump")

@@ -8,8 +8,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
+from qserve.formats.kv import KVFormat
+from qserve.kernels.attention_cuda import DecodeShape, combine_kernel, decode_kernel, plan_kernel
 from qserve.kernels.gemm_variants import Policy, gemm_kernel
 from qserve.kernels.jit import Build, Kernel, KernelError, build_all
+from qserve.kernels.kv_append_cuda import AppendShape, append_kernel
+from qserve.kernels.prefill_cuda import gather_kernel
 from qserve.kernels.producers_cuda import PRODUCERS, producer_kernel
 from qserve.kernels.sass_check import disassemble, hazards
 from qserve.kernels.tiles import tiles_for
@@ -25,6 +31,9 @@ POLICIES = (
     Policy(bits=8),
 )
 PRODUCER_COLUMNS = (576, 4096, 14336, 28672)
+HEAD_COUNTS = ((32, 8), (32, 32), (9, 3))
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10}
+"""Shared memory one block may have."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,35 @@ def producer_variants() -> list[Kernel]:
     return [producer_kernel(op, columns, bfloat16, False) for op, columns, bfloat16 in choices]
 
 
+def attention_variants(arch: str) -> list[Kernel]:
+    """Append, decode and gather, for a few cache formats and head counts."""
+    kernels = [plan_kernel()]
+    for bits, head_dim, (heads, kv_heads) in itertools.product((4, 8), (64, 128), HEAD_COUNTS):
+        kv_format, dtype = KVFormat(bits, head_dim, kv_heads), torch.float16
+        shared, overlap = SHARED_BYTES[arch], arch == "sm_90a"
+        kernels += [
+            append_kernel(AppendShape(kv_format, heads, dtype, True)),
+            decode_kernel(DecodeShape(kv_format, heads, dtype, shared, overlap)),
+            combine_kernel(heads, head_dim, dtype),
+            gather_kernel(kv_format, dtype),
+        ]
+    return kernels
+
+
+def all_variants(arch: str) -> list[Kernel]:
+    """Every kernel variant of an architecture."""
+    return gemm_variants(arch) + producer_variants() + attention_variants(arch)
+
+
 def compile_kernels(archs: Sequence[str]) -> list[Resources]:
     """Compile every variant for every arch and print its resources.
 
     Raises KernelError if one does not compile, spills, or keeps its registers in memory.
     """
-    resources = [
-        row for arch in archs for row in inspect(gemm_variants(arch) + producer_variants(), arch)
-    ]
+    unknown = [arch for arch in archs if arch not in SHARED_BYTES]
+    if unknown:
+        raise KernelError(f"unknown arch {unknown[0]}; known are {', '.join(SHARED_BYTES)}")
+    resources = [row for arch in archs for row in inspect(all_variants(arch), arch)]
     print(f"{'arch':8} {'registers':>9} {'stack':>6} {'spilled':>8} {'shared':>8}  variant")
     for row in resources:
         print(

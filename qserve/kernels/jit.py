@@ -187,8 +187,12 @@ def warm_up(kernels: Iterable[Kernel], device: torch.device) -> None:
 def build_all(kernels: Iterable[Kernel], arch: str) -> list[Build]:
     """Compile variants in parallel; the compiler runs outside Python's lock."""
     _compiler_version()  # imports what the threads need, once
+    kernels = list(kernels)
+    distinct = {kernel.text: kernel for kernel in kernels}  # several entries may share a source
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda kernel: build(kernel, arch), kernels))
+        builds = pool.map(lambda kernel: build(kernel, arch), distinct.values())
+        by_text = dict(zip(distinct, builds, strict=True))
+    return [by_text[kernel.text] for kernel in kernels]
 
 
 def build(kernel: Kernel, arch: str) -> Build:
