@@ -24,7 +24,7 @@ from qserve.quant.calibrate import (
 )
 from qserve.quant.clip import search_grid
 from qserve.quant.recipe import Recipe
-from qserve.quant.rounding import Moments, damped, gptq, propagated
+from qserve.quant.rounding import Moments, damped, gptq, no_worse, propagated
 from qserve.quant.smooth import Statistics
 
 
@@ -145,13 +145,13 @@ class LayerQuantizer:
     def _codes(self, weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
         if self.recipe.rounding == "nearest":
             return grid.quantize(weight)
-        return gptq(weight, grid, hessian)
+        return no_worse(gptq(weight, grid, hessian), grid.quantize(weight), weight, grid, hessian)
 
     def _prepared(self, layer: Layer, sample: Tensor) -> Layer:
         """The layer after the recipe's passes, without those that make it worse."""
         if not self.recipe.passes:
             return layer
-        statistics = self._statistics(layer, sample)
+        statistics = self.statistics(layer, sample)
         expected = self.run_exact(layer, [sample])
         best = self._trial_error(layer, sample, expected)
         for layer_pass in self.recipe.passes:
@@ -159,7 +159,7 @@ class LayerQuantizer:
             error = self._trial_error(candidate, sample, expected)
             if error <= best or not self.recipe.guarded:
                 layer, best = candidate, error
-                statistics = self._statistics(layer, sample)
+                statistics = self.statistics(layer, sample)
         return layer
 
     def _trial_error(self, layer: Layer, sample: Tensor, expected: list[Tensor]) -> float:
@@ -172,7 +172,8 @@ class LayerQuantizer:
                 trial[f"{part}.weight"] = grid.dequantize(grid.quantize(weight)).to(weight.dtype)
         return Streams(expected, self.run_served(trial, [sample])).error
 
-    def _statistics(self, layer: Layer, sample: Tensor) -> Statistics:
+    def statistics(self, layer: Layer, sample: Tensor) -> Statistics:
+        """What the passes want to know of an unquantized layer on whole sequences [T, H]."""
         heads: dict[str, Tensor] = {}
 
         def observe(_: int, query: Tensor, key: Tensor, value: Tensor) -> None:

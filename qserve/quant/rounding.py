@@ -105,6 +105,15 @@ def error(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> Tensor:
     return ((difference @ hessian) * difference).sum(dim=1)
 
 
+def no_worse(
+    codes: Tensor, nearest: Tensor, weight: Tensor, grid: WeightGrid, hessian: Tensor
+) -> Tensor:
+    """Of each row [K] the `codes`, or the `nearest` where those have the lower error."""
+    metric = hessian.to(weight.dtype)
+    errors = [error(weight, grid.dequantize(each), metric) for each in (codes, nearest)]
+    return torch.where((errors[0] <= errors[1])[:, None], codes, nearest)
+
+
 def gptq(weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
     """Codes u8 [N, K] of weight [N, K]; hessian [K, K] is damped. Columns by falling diagonal."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
