@@ -21,7 +21,6 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
-from qserve.cli.model import quantize_model
 from qserve.formats.kv import KVFormat
 from qserve.models.config import ModelConfig
 from qserve.models.names import EMBEDDING, tensor_shapes
@@ -57,7 +56,8 @@ def prepare_checkpoint() -> None:
         console.print(f"Using the checkpoint in ./{CHECKPOINT} (delete it to quantize again).")
         return
     console.print(f"Quantizing {SMOLLM2_ALIAS} to W4A8KV4 in ./{CHECKPOINT}")
-    quantize_model(open_source(SMOLLM2_ALIAS), CHECKPOINT)
+    qserve = (sys.executable, "-m", "qserve")
+    subprocess.run([*qserve, "quantize", SMOLLM2_ALIAS, "-o", str(CHECKPOINT)], check=True)
 
 
 @contextmanager

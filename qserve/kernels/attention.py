@@ -108,8 +108,9 @@ class _Contexts:
         scores = scores.unflatten(2, (-1, length))
         scores.masked_fill_(~self._visible(length, window)[:, None, None], -torch.inf)
         weights = scores.softmax(dim=-1).flatten(2, 3)
-        out = self._weighted_values(weights)[..., self.kv_format.value_channel_order.argsort()]
-        out = out.unflatten(2, (-1, length))
+        ordered = self._weighted_values(weights)
+        natural = ordered[..., self.kv_format.value_channel_order.argsort()]
+        out: Tensor = natural.unflatten(2, (-1, length))
         return out.permute(0, 3, 1, 2, 4).flatten(2)
 
     def _scores(self, queries: Tensor) -> Tensor:

@@ -44,15 +44,13 @@ def rope_append(
         return kv_append_cuda.rope_append(
             qkv, rope_table, batch, pool, kv_format, num_query_heads, hadamard
         )
-    heads = qkv.float().unflatten(-1, (-1, head_dim))
-    q, k, v = heads.split((num_query_heads, kv_heads, kv_heads), dim=1)
-    q, k = apply_rope(torch.cat((q, k), dim=1), rope_table[batch.positions]).split(
-        (num_query_heads, kv_heads), dim=1
-    )
+    heads: Tensor = qkv.float().unflatten(-1, (-1, head_dim))
+    queries_and_keys, values = heads.split((num_query_heads + kv_heads, kv_heads), dim=1)
+    rotated = apply_rope(queries_and_keys, rope_table[batch.positions])
     if hadamard:
-        q, k = apply_hadamard(q), apply_hadamard(k)
-    write_tokens(pool, kv_format, batch.slots, k, v)
-    return q.to(qkv.dtype)
+        rotated = apply_hadamard(rotated)
+    write_tokens(pool, kv_format, batch.slots, rotated[:, num_query_heads:], values)
+    return rotated[:, :num_query_heads].to(qkv.dtype)
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
