@@ -144,7 +144,7 @@ def _gptq_block(
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = inverse of `hessian`, in float64."""
-    lower = torch.linalg.cholesky(hessian)
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return upper
+    """Upper triangular U with U^T U = inverse of `hessian`: the inverse of R, hessian = R R^T."""
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
