@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -59,20 +60,41 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where the server listens and how much it takes on.
+    """Where the server listens, whom it answers, and how much it takes on.
 
-    port: 0 is any free one. max_requests: prompts held at a time, running and waiting together;
-        more are refused until some are finished.
+    port: 0 is any free one.
+    max_requests: prompts held at a time, running and waiting together; more are refused until some
+        are finished.
+    max_body_bytes: longest body of a request.
+    request_timeout: seconds from a request's admission to its last token; None is any number.
+    api_keys: what clients must show one of to generate text; none: nothing is asked of them.
+    cors_origins: web sites whose pages may use the server; "*" is any.
+    tls_certificate, tls_key: PEM files, both or neither; with them, the server speaks HTTPS only.
+    log_requests: write a line of JSON per request to stdout.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_requests: int = 512
+    max_body_bytes: int = 8 * 2**20
+    request_timeout: float | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    cors_origins: tuple[str, ...] = ()
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    log_requests: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must lie in [0, 65535], got {self.port!r}")
-        _check_positive("max_requests", self.max_requests, optional=False)
+        for name in ("max_requests", "max_body_bytes"):
+            _check_positive(name, getattr(self, name), optional=False)
+        if self.request_timeout is not None and not self.request_timeout > 0:
+            raise ConfigError(f"request_timeout must be positive, got {self.request_timeout!r}")
+        if not all(self.api_keys):
+            raise ConfigError("api_keys holds an empty key")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("tls_certificate and tls_key go together")
 
 
 def _check_positive(name: str, value: object, optional: bool) -> None:

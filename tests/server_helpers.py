@@ -11,8 +11,10 @@ import httpx
 import openai
 from transformers import PreTrainedTokenizerFast
 
+from qserve.config import ServerConfig
+from qserve.engine.engine import Engine
 from qserve.server.app import create_app
-from qserve.server.async_engine import AsyncEngine, ServedEngine
+from qserve.server.async_engine import AsyncEngine
 from qserve.testing.http import serve_in_thread
 from qserve.testing.stub_engine import StubEngine
 from qserve.testing.tiny import tiny_tokenizer
@@ -26,9 +28,13 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def serving(engine: ServedEngine, max_requests: int = 100) -> Iterator[httpx.Client]:
-    """A client of a server for the engine, known as the model "stub"."""
-    app = create_app(AsyncEngine(engine, max_requests), engine.tokenizer, "stub")
+def serving(
+    engine: StubEngine | Engine, max_requests: int = 100, **options: Any
+) -> Iterator[httpx.Client]:
+    """A client of a server for the engine, known as the model "stub"; options of ServerConfig."""
+    app = create_app(
+        AsyncEngine(engine, max_requests), engine.tokenizer, "stub", ServerConfig(**options)
+    )
     with serve_in_thread(app) as url, httpx.Client(base_url=url, timeout=30) as http:
         yield http
 

@@ -13,6 +13,7 @@ import qserve
 from qserve.cli.bench import bench, kernels
 from qserve.cli.model import DEFAULT_RECIPE, display_name, load_engine, quantize_model
 from qserve.cli.options import KVBits, Model, Precision, bits_of
+from qserve.config import ServerConfig
 
 app = typer.Typer(
     help="W4A8KV4 quantization and serving of language models.",
@@ -26,6 +27,7 @@ for group, name in ((evaluate, "evaluate"), (bench, "bench"), (kernels, "kernels
     app.add_typer(group, name=name)
 
 
+SERVER = ServerConfig()
 GROUP_SIZES: dict[str, Literal["auto", -1, 64, 128]] = {
     "auto": "auto",
     "64": 64,
@@ -97,19 +99,50 @@ def generate(
 @app.command()
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = SERVER.host,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.")] = SERVER.port,
     precision: Precision = None,
     kv: KVBits = None,
+    max_requests: Annotated[
+        int, typer.Option(help="Prompts held at a time; more are refused with 429.")
+    ] = SERVER.max_requests,
+    max_body_bytes: Annotated[
+        int, typer.Option(help="Longest body; a longer one is refused with 413.")
+    ] = SERVER.max_body_bytes,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds a request may take; then it ends with 504.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="API keys, one a line; also one in QSERVE_API_KEY.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web site whose pages may use the server; or *.")
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="A PEM file, for HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Write a line of JSON per request to stdout.")
+    ] = False,
 ) -> None:
     """Serve a model over the OpenAI API until interrupted."""
-    from qserve.cli.serving import bound_socket, run_server
-    from qserve.config import ServerConfig
+    from qserve.cli.serving import bound_socket, check_tls, read_api_keys, run_server
 
-    config = ServerConfig(host, port)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        max_requests=max_requests,
+        max_body_bytes=max_body_bytes,
+        request_timeout=request_timeout,
+        api_keys=read_api_keys(api_key_file),
+        cors_origins=tuple(cors_origin or ()),
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        log_requests=log_requests,
+    )
+    check_tls(config)
     with bound_socket(config) as listener:
         engine = load_engine(model, precision, bits_of(kv))
-        run_server(engine, display_name(model), listener, config)
+        run_server(engine, engine.tokenizer, display_name(model), listener, config)
 
 
 @evaluate.command()

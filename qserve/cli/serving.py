@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import socket
+import ssl
+import sys
+from pathlib import Path
+from types import FrameType
 
 import uvicorn
+from transformers import PreTrainedTokenizerBase
 
 from qserve.cli.model import console
-from qserve.config import ServerConfig
-from qserve.engine.engine import Engine
+from qserve.config import ConfigError, ServerConfig
 from qserve.server.app import create_app
-from qserve.server.async_engine import AsyncEngine
+from qserve.server.async_engine import AsyncEngine, ServedEngine
+from qserve.server.middleware import request_logger
+
+API_KEY_VARIABLE = "QSERVE_API_KEY"
+
+
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys in a file, one a line, and the one in the environment."""
+    lines = path.read_text().split() if path else []
+    given = os.environ.get(API_KEY_VARIABLE)
+    if path and not lines:
+        raise ConfigError(f"{path} holds no API key")
+    return (*lines, given) if given else tuple(lines)
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Raise ConfigError unless the certificate and the key, if any, can be used together."""
+    if config.tls_certificate is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.tls_certificate, config.tls_key)
+    except ssl.SSLError as error:
+        message = f"{config.tls_certificate} and {config.tls_key} are no certificate with its key"
+        raise ConfigError(f"{message}: {error.reason}") from error
 
 
 def bound_socket(config: ServerConfig) -> socket.socket:
@@ -30,12 +60,51 @@ def bound_socket(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def run_server(engine: Engine, name: str, listener: socket.socket, config: ServerConfig) -> None:
-    """Serve until SIGINT or SIGTERM; requests under way may finish."""
-    application = create_app(AsyncEngine(engine, config.max_requests), engine.tokenizer, name)
+def run_server(
+    engine: ServedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    listener: socket.socket,
+    config: ServerConfig,
+) -> None:
+    """Serve until SIGINT or SIGTERM; admitted requests may then finish, unless a second follows."""
+    if config.log_requests:
+        _log_requests_to_stdout()
+    serving = AsyncEngine(engine, config.max_requests)
+    application = create_app(serving, tokenizer, name, config)
     host, port = listener.getsockname()[:2]
-    console.print(f"serving {name} at http://{host}:{port}/v1", highlight=False)
+    scheme = "http" if config.tls_certificate is None else "https"
+    console.print(f"serving {name} at {scheme}://{host}:{port}/v1", highlight=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn catches these while it serves and raises them again when it has ended.
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listener])
+    options = uvicorn.Config(
+        application,
+        log_level="warning",
+        ssl_certfile=config.tls_certificate,
+        ssl_keyfile=config.tls_key,
+    )
+    _DrainingServer(options, serving).run(sockets=[listener])
+
+
+def _log_requests_to_stdout() -> None:
+    request_logger.setLevel(logging.INFO)
+    request_logger.addHandler(logging.StreamHandler(sys.stdout))
+    request_logger.propagate = False
+
+
+class _DrainingServer(uvicorn.Server):
+    """Goes on listening after the first signal, to say that it is shutting down, until it is idle."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._engine.is_draining:
+            self.force_exit = self.should_exit = True
+        self._engine.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit |= self._engine.is_draining and self._engine.is_idle
+        return await super().on_tick(counter)

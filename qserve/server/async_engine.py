@@ -38,11 +38,23 @@ class ServedEngine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-class QueueFullError(Exception):
+class ServingError(Exception):
+    """A request was not taken on or not finished, through no fault of its own."""
+
+
+class QueueFullError(ServingError):
     """The server already holds as many requests as it may."""
 
 
-class EngineFailedError(Exception):
+class DrainingError(ServingError):
+    """The server finishes what it holds and takes on nothing more."""
+
+
+class RequestTimeoutError(ServingError):
+    """A request was not finished in its time."""
+
+
+class EngineFailedError(ServingError):
     """The engine's thread has ended with an error; nothing will be served any more."""
 
 
@@ -50,7 +62,8 @@ class OutputStream:
     """What the engine produces for prompts that were submitted together.
 
     Iterating gives lists of outputs, all that have arrived since the last, until every prompt is
-    finished; EngineFailedError if the engine dies. `close` may come at any time, and must come.
+    finished; EngineFailedError if the engine dies, RequestTimeoutError if the time is up. `close`
+    may come at any time, and must come.
     """
 
     def __init__(self, num_prompts: int, forget: Callable[[OutputStream], None]) -> None:
@@ -59,6 +72,7 @@ class OutputStream:
         self._forget = forget
         self._unfinished = num_prompts
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
 
     def prompt_index(self, output: RequestOutput) -> int:
         """Which of the submitted prompts an output belongs to."""
@@ -66,6 +80,15 @@ class OutputStream:
 
     def put(self, event: _Event) -> None:
         self._events.put_nowait(event)
+
+    def expire_in(self, seconds: float) -> None:
+        """Let the stream end with RequestTimeoutError, and its pages be freed, after so long."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(seconds, self._expire, seconds)
+
+    def _expire(self, seconds: float) -> None:
+        self.put(RequestTimeoutError(f"the request was not finished within {seconds:g} seconds"))
+        self.close()
 
     async def wait_until_admitted(self) -> None:
         _raise_if_error(await self._events.get())
@@ -80,6 +103,8 @@ class OutputStream:
 
     def close(self) -> None:
         """Abort what is unfinished and free its pages."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._forget(self)
 
 
@@ -103,6 +128,7 @@ class AsyncEngine:
         self._thread = Thread(target=self._run, name="qserve-engine", daemon=True)
         self._stats = engine.stats
         self.failure: Exception | None = None
+        self.is_draining = False
 
     @property
     def stats(self) -> EngineStats:
@@ -117,18 +143,42 @@ class AsyncEngine:
         """End the thread after the step under way; what is unfinished fails."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._fail(EngineFailedError("the server is shutting down"))
+        self._fail(RuntimeError("the server is shutting down"))
 
-    async def submit(self, prompts: Sequence[list[int]], params: SamplingParams) -> OutputStream:
-        """Queue one request per prompt of token ids.
+    def drain(self) -> None:
+        """Take on nothing more; what is admitted may finish."""
+        self.is_draining = True
 
-        Raises RequestError if one of them can never be served, QueueFullError, EngineFailedError.
-        """
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is admitted that is not finished."""
+        return not self._streams
+
+    def check_room(self, num_prompts: int) -> None:
+        """Raise what `submit` would raise for so many prompts, whatever they say."""
         if self.failure is not None:
-            raise EngineFailedError(str(self.failure))
-        if len(self._streams) + len(prompts) > self._max_requests:
+            raise EngineFailedError(f"the engine has failed: {self.failure}")
+        if self.is_draining:
+            raise DrainingError("the server is shutting down")
+        if num_prompts > self._max_requests:
+            raise RequestError(
+                f"prompt holds {num_prompts} prompts, more than the {self._max_requests} that the "
+                "server takes on at a time"
+            )
+        if len(self._streams) + num_prompts > self._max_requests:
             raise QueueFullError(f"the server holds {len(self._streams)} requests; try again later")
+
+    async def submit(
+        self, prompts: Sequence[list[int]], params: SamplingParams, timeout: float | None = None
+    ) -> OutputStream:
+        """Queue one request per prompt of token ids, to be finished within `timeout` seconds.
+
+        Raises RequestError if one of them can never be served, else a ServingError.
+        """
+        self.check_room(len(prompts))
         stream = OutputStream(len(prompts), self._forget)
+        if timeout is not None:
+            stream.expire_in(timeout)
         self._streams |= dict.fromkeys(stream.request_ids, stream)
         self._commands.put(partial(self._add, list(stream.request_ids), prompts, params))
         try:
@@ -195,7 +245,7 @@ class AsyncEngine:
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
-        failed = EngineFailedError(str(error))
+        failed = EngineFailedError(f"the engine has failed: {error}")
         for stream in set(self._streams.values()):
             stream.put(failed)
         self._streams.clear()

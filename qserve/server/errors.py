@@ -13,6 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from qserve.engine.request import RequestError
+from qserve.server.async_engine import (
+    DrainingError,
+    EngineFailedError,
+    QueueFullError,
+    RequestTimeoutError,
+    ServingError,
+)
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -46,7 +53,22 @@ class APIError(Exception):
 
 
 _INVALID, _SERVER_ERROR = "invalid_request_error", "server_error"
-_KINDS = {404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+_STATUS = {
+    QueueFullError: 429,
+    EngineFailedError: 500,
+    DrainingError: 503,
+    RequestTimeoutError: 504,
+}
+_PASSING = (429, 503)
+"""What will pass, so that it is worth trying again."""
 
 
 class ErrorDetail(BaseModel):
@@ -69,12 +91,24 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return APIError(400, message, param, code)
 
 
+def as_api_error(error: ServingError) -> APIError:
+    """The answer to a request that the engine did not take on or did not finish."""
+    status = _STATUS[type(error)]
+    return APIError(
+        status, str(error), headers={"Retry-After": "1"} if status in _PASSING else None
+    )
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of the application one of OpenAI's shape."""
+    """Give every error that is foreseen OpenAI's shape; `RequestContext` does so for the others."""
 
     @app.exception_handler(APIError)
     async def _api_error(_: Request, error: APIError) -> Response:
         return error.response
+
+    @app.exception_handler(ServingError)
+    async def _serving_error(_: Request, error: ServingError) -> Response:
+        return as_api_error(error).response
 
     @app.exception_handler(RequestError)
     async def _request_error(_: Request, error: RequestError) -> Response:
@@ -91,10 +125,6 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def _disconnect(_: Request, __: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    @app.exception_handler(Exception)
-    async def _unexpected(_: Request, error: Exception) -> Response:
-        return APIError(500, f"internal error: {type(error).__name__}").response
 
 
 def _field_of(error: RequestError) -> str | None:

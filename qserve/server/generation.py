@@ -1,0 +1,121 @@
+"""The endpoints that generate text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from qserve.engine.request import RequestOutput
+from qserve.server.answer import Answer, ChatAnswer, CompletionAnswer, Span
+from qserve.server.async_engine import AsyncEngine, OutputStream, ServingError
+from qserve.server.errors import APIError, as_api_error
+from qserve.server.metrics import Metrics, Stopwatch
+from qserve.server.middleware import RequestRecord
+from qserve.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from qserve.server.streaming import EventStream, event, while_connected
+from qserve.server.text import TextCodec
+
+
+class GenerationService:
+    """Completions and chat. timeout: seconds that a request may take, None: any number."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        codec: TextCodec,
+        metrics: Metrics,
+        model_name: str,
+        timeout: float | None,
+    ) -> None:
+        self._engine = engine
+        self._codec = codec
+        self._metrics = metrics
+        self._model = model_name
+        self._timeout = timeout
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Continue each of the given prompts."""
+        self._check_acceptable(body, len(body.prompts))
+        prompts = [await self._codec.encode_prompt(prompt) for prompt in body.prompts]
+        echoed = prompts if body.echo else None
+        answer = CompletionAnswer(self._model, self._codec, body.n or 1, echoed)
+        return await self._respond(body, prompts, answer, request)
+
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """Give the assistant's next message of a conversation."""
+        self._check_acceptable(body, 1)
+        prompt = await self._codec.encode_chat(body.messages)
+        answer = ChatAnswer(self._model, self._codec, body.n or 1)
+        return await self._respond(body, [prompt], answer, request)
+
+    def _check_acceptable(self, body: GenerationRequest, num_prompts: int) -> None:
+        """Refuse, before any work, what would be refused after it."""
+        if body.model not in (None, self._model):
+            message = f"model {body.model!r} is not served, only {self._model!r} is"
+            raise APIError(404, message, "model", "model_not_found")
+        self._engine.check_room(num_prompts)
+
+    async def _respond(
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[list[int]],
+        answer: Answer,
+        request: Request,
+    ) -> Response:
+        stopwatch = self._metrics.stopwatch()
+        record: RequestRecord = request.state.record
+        stream = await self._engine.submit(prompts, body.sampling_params(), self._timeout)
+
+        def close() -> None:
+            stream.close()
+            record.usage = answer.usage
+
+        spans = _spans(stream, answer, stopwatch)
+        if body.stream:
+            return EventStream(_events(spans, answer, body.include_usage), close)
+        try:
+            whole = await while_connected(request.receive, _collect(spans))
+        finally:
+            close()
+        return _json(answer.whole(whole))
+
+
+def _json(model: BaseModel) -> Response:
+    return Response(model.model_dump_json(), media_type="application/json")
+
+
+async def _spans(
+    stream: OutputStream, answer: Answer, stopwatch: Stopwatch
+) -> AsyncIterator[list[Span]]:
+    """What clients see of the engine's outputs, in lists of what arrived at the same time."""
+    async for outputs in stream:
+        yield [span for output in outputs for span in _taken(output, stream, answer, stopwatch)]
+
+
+def _taken(
+    output: RequestOutput, stream: OutputStream, answer: Answer, stopwatch: Stopwatch
+) -> list[Span]:
+    stopwatch.take(output)
+    return [span for span in answer.take(stream.prompt_index(output), output) if not span.is_empty]
+
+
+async def _collect(spans: AsyncIterator[list[Span]]) -> list[Span]:
+    return [span async for batch in spans for span in batch]
+
+
+async def _events(
+    spans: AsyncIterator[list[Span]], answer: Answer, include_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events; an error after the first ends the stream as its last."""
+    try:
+        async for batch in spans:
+            yield b"".join(event(answer.part(span).model_dump_json()) for span in batch)
+    except ServingError as error:
+        yield event(as_api_error(error).body.model_dump_json())
+        return
+    if include_usage:
+        yield event(answer.closing().model_dump_json())
+    yield event("[DONE]")
