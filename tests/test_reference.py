@@ -171,7 +171,7 @@ def dense_attention(q, keys, values, window):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("window", [None, 70])
 def test_attention_over_the_same_bytes(bits: int, dim: int, window: int | None) -> None:
     kv_format = KVFormat(bits, dim, num_kv_heads=2)
-    contexts, queries = [1, 64, 65, 200], [1, 64, 1, 37]
+    contexts, queries = [1, 64, 65, 200, 300], [1, 64, 1, 37, 290]
     pool = kv_format.new_pool(16).fill_(255)  # unwritten scales are NaN
     batch = batch_of(contexts, queries, 16)
     for row, context in enumerate(contexts):

@@ -16,6 +16,9 @@ from qserve.formats.layout import PAGE_TOKENS
 from qserve.kernels.op import FLOAT_DTYPES, Contract
 from qserve.kernels.paged import PagedBatch
 
+QUERY_BLOCK = 128
+"""Queries that the reference scores at once: memory stays small, and no one looks past the block."""
+
 
 def paged_attention(
     q: Tensor,
@@ -102,16 +105,28 @@ class _Contexts:
 
     def attend(self, q: Tensor, scale: float, window: int | None) -> Tensor:
         """float64 [n, L, Hq * D] of the last L positions' q [n, L, Hq, D]."""
+        positions = self.lengths[:, None] - q.shape[1] + torch.arange(q.shape[1])
+        blocks = zip(q.split(QUERY_BLOCK, 1), positions.split(QUERY_BLOCK, 1), strict=True)
+        return torch.cat([self._attend(*block, scale, window) for block in blocks], dim=1)
+
+    def _attend(self, q: Tensor, positions: Tensor, scale: float, window: int | None) -> Tensor:
         length, kv_heads = q.shape[1], self.keys.shape[1]
+        reached = self._first(int(positions.max()) + 1)
         grouped = q.double().unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        scores = self._scores(grouped.flatten(2, 3)) * scale
+        scores = reached._scores(grouped.flatten(2, 3)) * scale
         scores = scores.unflatten(2, (-1, length))
-        scores.masked_fill_(~self._visible(length, window)[:, None, None], -torch.inf)
-        weights = scores.softmax(dim=-1).flatten(2, 3)
-        ordered = self._weighted_values(weights)
+        hidden = ~_visible(positions, reached.keys.shape[2], window)
+        scores.masked_fill_(hidden[:, None, None], -torch.inf)
+        ordered = reached._weighted_values(scores.softmax(dim=-1).flatten(2, 3))
         natural = ordered[..., self.kv_format.value_channel_order.argsort()]
         out: Tensor = natural.unflatten(2, (-1, length))
         return out.permute(0, 3, 1, 2, 4).flatten(2)
+
+    def _first(self, length: int) -> _Contexts:
+        """The contexts' first `length` tokens."""
+        scales = None if self.scales is None else self.scales[:, :, :length]
+        keys, values = self.keys[:, :, :length], self.values[:, :, :length]
+        return _Contexts(keys, values, scales, self.lengths, self.kv_format)
 
     def _scores(self, queries: Tensor) -> Tensor:
         dots = queries[..., self.kv_format.key_channel_order] @ self.keys.transpose(-1, -2)
@@ -126,8 +141,9 @@ class _Contexts:
         scale, offset = self.scales[..., None, :, 2], self.scales[..., 3:]
         return (weights * scale) @ self.values + weights @ offset
 
-    def _visible(self, length: int, window: int | None) -> Tensor:
-        query = (self.lengths[:, None] - length + torch.arange(length))[:, :, None]
-        key = torch.arange(self.keys.shape[2])
-        visible = key <= query
-        return visible if window is None else visible & (key > query - window)
+
+def _visible(positions: Tensor, context: int, window: int | None) -> Tensor:
+    """Whether the query at each of positions i64 [n, L] sees each token, [n, L, context]."""
+    query, key = positions[:, :, None], torch.arange(context)
+    visible = key <= query
+    return visible if window is None else visible & (key > query - window)
