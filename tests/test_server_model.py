@@ -86,6 +86,26 @@ def test_seeded_choices_differ_among_themselves_and_come_again(
         assert [choice.text for choice in answer.choices] == expected
 
 
+def test_logit_bias(client: openai.OpenAI) -> None:
+    arguments = {"model": "stub", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    forced = client.completions.create(**arguments, logit_bias={"74": 100})
+    assert forced.choices[0].text == "hhhhhh"
+    other = client.completions.create(**arguments, logit_bias={"74": -100, "75": 100})
+    assert other.choices[0].text == "iiiiii"
+
+
+def test_min_tokens(client: openai.OpenAI) -> None:
+    """A text that would end at once, as its first token is a stop, goes on for so long."""
+    arguments = {"model": "stub", "prompt": PROMPT, "max_tokens": 9, "logit_bias": {"74": 100}}
+    for min_tokens in (0, 4):
+        extra = {"min_tokens": min_tokens, "stop_token_ids": [74]}
+        answer = client.completions.create(**arguments, extra_body=extra)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].stop_reason == 74
+        assert answer.usage.completion_tokens == min_tokens + 1
+        assert "h" not in answer.choices[0].text
+
+
 def test_logprobs(client: openai.OpenAI, offline: LLM) -> None:
     params = SamplingParams(max_tokens=8, temperature=0, logprobs=3, prompt_logprobs=3)
     generation = offline.generate(PROMPT, params)[0]

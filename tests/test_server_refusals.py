@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -107,6 +108,65 @@ def test_bad_messages(http: httpx.Client, messages: Any, field: str) -> None:
 def test_body_that_is_no_object(http: httpx.Client, content: bytes) -> None:
     headers = {"content-type": "application/json"}
     refusal(http.post("/v1/completions", content=content, headers=headers), 400)
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"1" + b"]" * depth
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        nested(100),
+        nested(100_000),
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'"\xff"',
+        b'"\xed\xa0\x80"',
+        b"[" + b"9" * 5000 + b"]",
+        b"[1e5]",
+        b"[NaN]",
+        b'"x' + b"\x00" + b'"',
+    ],
+    ids=lambda value: repr(value[:9]),
+)
+def test_wild_json(http: httpx.Client, value: bytes) -> None:
+    """Nested deeper than any parser goes, no UTF-8, numbers that are none, raw control codes."""
+    headers = {"content-type": "application/json"}
+    for path, field in (("/v1/completions", b"prompt"), ("/v1/chat/completions", b"messages")):
+        content = b'{"%s": %s}' % (field, value)
+        refusal(http.post(path, content=content, headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/completions", "logprobs", 21),
+        ("/v1/completions", "logprobs", -1),
+        ("/v1/completions", "n", 129),
+        ("/v1/chat/completions", "top_logprobs", 10**12),
+        ("/v1/chat/completions", "n", 10**30),
+        ("/v1/chat/completions", "max_completion_tokens", 10**30),
+    ],
+)
+def test_huge_numbers(http: httpx.Client, path: str, field: str, value: int) -> None:
+    body = {**ENDPOINTS[path], field: value}
+    if field == "top_logprobs":
+        body["logprobs"] = True
+    error = refusal(http.post(path, json=body), 400)
+    assert field.removeprefix("max_completion_") in error["message"]
+
+
+def test_prompt_of_ten_megabytes() -> None:
+    """Refused by its size; where that is allowed, by its tokens, while others are served."""
+    with serving(stub_engine(), max_body_bytes=2**22) as http:
+        refusal(http.post("/v1/completions", json={"prompt": "x" * 10 * MILLION}), 413)
+        with ThreadPoolExecutor(1) as pool:
+            long = pool.submit(
+                http.post, "/v1/completions", json={"prompt": "word " * (MILLION // 2)}
+            )
+            while not long.done():
+                assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+            assert "tokens" in refusal(long.result(), 400)["message"]
 
 
 def test_what_only_makes_sense_together() -> None:

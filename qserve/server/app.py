@@ -22,6 +22,7 @@ from qserve.server.metrics import Metrics
 from qserve.server.middleware import REQUEST_ID_HEADER, ApiKeys, BodyLimit, RequestContext
 from qserve.server.protocol import ChatCompletion, Completion, ModelCard, ModelList
 from qserve.server.text import TextCodec
+from qserve.server.tokens import TokenService
 
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
@@ -49,6 +50,7 @@ def create_app(
     codec, metrics = TextCodec(tokenizer), Metrics(lambda: engine.stats, model_name)
     generation = GenerationService(engine, codec, metrics, model_name, config.request_timeout)
     _add_generation(app, generation)
+    _add_tokens(app, TokenService(codec, model_name))
     _add_status(app, _Status(engine, metrics, model_name))
     return app
 
@@ -76,6 +78,15 @@ def _add_generation(app: FastAPI, service: GenerationService) -> None:
     app.add_api_route(
         "/v1/chat/completions", service.chat, response_model=ChatCompletion, **options
     )
+
+
+def _add_tokens(app: FastAPI, service: TokenService) -> None:
+    options: dict[str, Any] = {
+        "methods": ["POST"],
+        "responses": error_answers(400, 401, 404, 408, 413),
+    }
+    app.add_api_route("/tokenize", service.tokenize, **options)
+    app.add_api_route("/detokenize", service.detokenize, **options)
 
 
 def _add_status(app: FastAPI, status: _Status) -> None:

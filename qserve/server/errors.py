@@ -99,6 +99,13 @@ def as_api_error(error: ServingError) -> APIError:
     )
 
 
+def check_model(wanted: str | None, served: str) -> None:
+    """Raise APIError if a request names another model than the one that is served."""
+    if wanted not in (None, served):
+        message = f"model {wanted!r} is not served, only {served!r} is"
+        raise APIError(404, message, "model", "model_not_found")
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Give every error that is foreseen OpenAI's shape; `RequestContext` does so for the others."""
 
@@ -136,6 +143,8 @@ def _field_of(error: RequestError) -> str | None:
 def _from_validation(problems: Sequence[Mapping[str, Any]]) -> APIError:
     """Word the problems of the first field that has any; a union of types reports one for each."""
     path = problems[0]["loc"][1:]
+    if problems[0]["type"] == "value_error" and not path:
+        return invalid(_worded(problems[0]))
     if problems[0]["type"] == "json_invalid" or not path:
         return invalid(f"the body is not a JSON object: {_worded(problems[0])}")
     field = str(path[0])

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from qserve.engine.request import RequestOutput
 from qserve.server.answer import Answer, ChatAnswer, CompletionAnswer, Span
 from qserve.server.async_engine import AsyncEngine, OutputStream, ServingError
-from qserve.server.errors import APIError, as_api_error
+from qserve.server.errors import as_api_error, check_model
 from qserve.server.metrics import Metrics, Stopwatch
 from qserve.server.middleware import RequestRecord
 from qserve.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
@@ -53,9 +53,7 @@ class GenerationService:
 
     def _check_acceptable(self, body: GenerationRequest, num_prompts: int) -> None:
         """Refuse, before any work, what would be refused after it."""
-        if body.model not in (None, self._model):
-            message = f"model {body.model!r} is not served, only {self._model!r} is"
-            raise APIError(404, message, "model", "model_not_found")
+        check_model(body.model, self._model)
         self._engine.check_room(num_prompts)
 
     async def _respond(

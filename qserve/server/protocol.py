@@ -15,6 +15,7 @@ from pydantic import (
     StrictBool,
     StrictFloat,
     StrictInt,
+    model_validator,
 )
 
 from qserve.engine.request import RequestError, SamplingParams
@@ -164,6 +165,25 @@ class ChatCompletionRequest(GenerationRequest):
         return self._sampling_params(max_tokens=limit, logprobs=logprobs)
 
 
+class TokenizeRequest(_Request):
+    """A text as a completion takes it, or a conversation as a chat takes it."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_one_is_given(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages must be given")
+        return self
+
+
+class DetokenizeRequest(_Request):
+    model: str | None = None
+    tokens: list[StrictInt]
+
+
 def _is_none(value: object) -> bool:
     return value is None
 
@@ -275,3 +295,12 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Tokens(BaseModel):
+    tokens: list[int]
+    count: int
+
+
+class Detokenized(BaseModel):
+    prompt: str

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
+from qserve.engine.request import RequestError
 from qserve.engine.text import REPLACEMENT, encode, encode_chat
 from qserve.server.protocol import ChatMessage
 
@@ -37,6 +38,14 @@ class TextCodec:
         """
         conversation = [{"role": message.role, "content": message.text} for message in messages]
         return await asyncio.to_thread(encode_chat, self._tokenizer, conversation)
+
+    async def decode_checked(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens that a client names; RequestError if one is out of the vocabulary."""
+        size = len(self._tokenizer)
+        for token_id in token_ids:
+            if not 0 <= token_id < size:
+                raise RequestError(f"tokens holds {token_id}, which is not a token id below {size}")
+        return await asyncio.to_thread(self.decode, token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids))
