@@ -53,14 +53,14 @@ def random_qkv(batch: PagedBatch, heads: int, dim: int, dtype: torch.dtype) -> T
 
 
 @pytest.mark.parametrize(
-    ("bits", "dim", "query_heads", "kv_heads", "dtype", "hadamard"),
+    ("bits", "dim", "query_heads", "kv_heads", "dtype", "hadamard", "centered"),
     [
-        (4, 128, 7, 1, torch.float16, False),
-        (4, 128, 7, 1, torch.float16, True),
-        (4, 64, 9, 3, torch.bfloat16, False),
-        (8, 128, 8, 8, torch.bfloat16, False),
-        (8, 64, 9, 3, torch.float16, True),
-        (16, 64, 4, 2, torch.bfloat16, False),
+        (4, 128, 7, 1, torch.float16, False, False),
+        (4, 128, 7, 1, torch.float16, True, True),
+        (4, 64, 9, 3, torch.bfloat16, False, True),
+        (8, 128, 8, 8, torch.bfloat16, False, False),
+        (8, 64, 9, 3, torch.float16, True, False),
+        (16, 64, 4, 2, torch.bfloat16, False, True),
     ],
 )
 def test_append(
@@ -71,16 +71,19 @@ def test_append(
     kv_heads: int,
     dtype: torch.dtype,
     hadamard: bool,
+    centered: bool,
 ) -> None:
     kv_format = KVFormat(bits, dim, kv_heads, dtype)
+    center = torch.randn(kv_heads, dim) if centered else None
     batch = random_batch([1, 64, 65, 90], [1, 1, 65, 20], num_pages=8)
     qkv = random_qkv(batch, query_heads + 2 * kv_heads, dim, dtype)
     angles = torch.rand(100, dim // 2) * 6
     table = torch.cat((angles.cos(), angles.sin()), dim=1)
     pool = random_pool(kv_format, 8)
     expected_pool = pool.clone()
-    expected = rope_append(qkv, table, batch, expected_pool, kv_format, query_heads, hadamard)
-    q = kv_append_cuda.rope_append(qkv, table, batch, pool, kv_format, query_heads, hadamard)
+    options = (kv_format, query_heads, hadamard, center)
+    expected = rope_append(qkv, table, batch, expected_pool, *options)
+    q = kv_append_cuda.rope_append(qkv, table, batch, pool, *options)
     if not hadamard:
         assert torch.equal(q, expected) and torch.equal(pool, expected_pool)
         return

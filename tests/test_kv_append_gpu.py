@@ -16,7 +16,7 @@ CONTEXTS, QUERIES = [1, 64, 65, 300, 130], [1, 1, 65, 170, 2]
 
 
 def append_on_both(
-    kv_format: KVFormat, query_heads: int, dtype: torch.dtype, hadamard: bool
+    kv_format: KVFormat, query_heads: int, dtype: torch.dtype, hadamard: bool, centered: bool
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """q and the pool, from the reference and from the GPU."""
     batch = random_batch(CONTEXTS, QUERIES, num_pages=16)
@@ -33,22 +33,23 @@ def append_on_both(
             for name, value in vars(batch).items()
         }
     )
-    gpu_pool = pool.cuda()
-    gpu_q = rope_append(
-        qkv.cuda(), table.cuda(), on_gpu, gpu_pool, kv_format, query_heads, hadamard
-    )
-    q = rope_append(qkv, table, batch, pool, kv_format, query_heads, hadamard)
+    center = torch.randn(kv_format.num_kv_heads, kv_format.head_dim) if centered else None
+    gpu_center = None if center is None else center.cuda()
+    gpu_pool, options = pool.cuda(), (kv_format, query_heads, hadamard)
+    gpu_q = rope_append(qkv.cuda(), table.cuda(), on_gpu, gpu_pool, *options, gpu_center)
+    q = rope_append(qkv, table, batch, pool, *options, center)
     return (q, pool), (gpu_q.cpu(), gpu_pool.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize(("dim", "query_heads", "kv_heads"), SHAPES)
 def test_append_writes_the_reference_bytes(
-    dim: int, query_heads: int, kv_heads: int, bits: int, dtype: torch.dtype
+    dim: int, query_heads: int, kv_heads: int, centered: bool, bits: int, dtype: torch.dtype
 ) -> None:
     kv_format = KVFormat(bits, dim, kv_heads, dtype)
-    expected, found = append_on_both(kv_format, query_heads, dtype, hadamard=False)
+    expected, found = append_on_both(kv_format, query_heads, dtype, False, centered)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -59,7 +60,7 @@ def test_append_with_hadamard_differs_by_rounding_alone(
     dim: int, query_heads: int, kv_heads: int, bits: int
 ) -> None:
     kv_format = KVFormat(bits, dim, kv_heads)
-    expected, found = append_on_both(kv_format, query_heads, torch.float16, hadamard=True)
+    expected, found = append_on_both(kv_format, query_heads, torch.float16, True, True)
     torch.testing.assert_close(found[0], expected[0], rtol=2e-3, atol=1e-5)
     codes, expected_codes = (
         torch.cat(unpack_codes(pool, kv_format, torch.int32)) for pool in (found[1], expected[1])
@@ -77,4 +78,4 @@ def test_append_with_hadamard_differs_by_rounding_alone(
 
 def test_append_refuses_what_it_does_not_serve() -> None:
     with pytest.raises(OpError, match="float32 is not served"):
-        append_on_both(KVFormat(4, 64, 3), 9, torch.float32, hadamard=False)
+        append_on_both(KVFormat(4, 64, 3), 9, torch.float32, False, False)

@@ -82,7 +82,12 @@ def paged_batch(pages: list[list[int]], spans: list[tuple[int, int]]) -> PagedBa
 
 
 def paged_logits(
-    decoder: Decoder, tokens: Tensor, cuts: list[int], bits: int = 16, hadamard: bool = False
+    decoder: Decoder,
+    tokens: Tensor,
+    cuts: list[int],
+    bits: int = 16,
+    hadamard: bool = False,
+    key_centers: Tensor | None = None,
 ) -> Tensor:
     """Logits [2, length, V] of tokens [2, length], computed in steps that end at `cuts`."""
     config = decoder.config
@@ -93,7 +98,7 @@ def paged_logits(
     for begin, end in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
         batch = paged_batch(pages, [(begin, end)] * 2)
         table = rope_table(config, tokens.shape[1])
-        attention = PagedAttention(config, batch, pools, table, kv_format, hadamard)
+        attention = PagedAttention(config, batch, pools, table, kv_format, hadamard, key_centers)
         hidden = decoder.forward(tokens[:, begin:end].flatten(), attention)
         steps.append(decoder.logits(hidden).reshape(2, end - begin, -1))
     return torch.cat(steps, dim=1)
@@ -173,6 +178,22 @@ def test_hadamard_cancels_in_attention() -> None:
     torch.testing.assert_close(
         paged_logits(decoder, tokens, [], 16, hadamard=True), plain, rtol=0, atol=1e-2
     )
+
+
+def test_key_centers_cancel_in_attention_and_spare_the_quantizer() -> None:
+    source = tiny_source(tiny_config("Qwen2ForCausalLM"))
+    for index in range(2):
+        source.tensors[f"model.layers.{index}.self_attn.k_proj.bias"][[31, 63, 95]] = 15.0
+    decoder, tokens = load_decoder(source, torch.float32), random_tokens(2, 70)
+    keys: dict[int, Tensor] = {}
+    dense_logits(decoder, tokens, observer=lambda i, q, k, v: keys.update({i: k}))
+    centers = torch.stack([keys[index].mean(dim=0) for index in range(2)])
+    plain = paged_logits(decoder, tokens, [])
+    assert torch.allclose(paged_logits(decoder, tokens, [9], 16, False, centers), plain, atol=0.05)
+    errors = [
+        (paged_logits(decoder, tokens, [], 4, True, each) - plain).std() for each in (None, centers)
+    ]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_observer_sees_rotated_queries_and_keys() -> None:

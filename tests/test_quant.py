@@ -33,6 +33,7 @@ from qserve.quant.recipe import RECIPES, Recipe, RecipeError, find_recipe
 from qserve.quant.rotate import RotatedSource
 from qserve.quant.rounding import Moments, damped, error, gptq, no_worse, propagated
 from qserve.quant.smooth import (
+    CenterKeys,
     LayerPass,
     ReorderChannels,
     RotateValues,
@@ -76,12 +77,15 @@ def _layers(source: WeightSource) -> list[Layer]:
     ]
 
 
+UNROUNDED = replace(RECIPES["rtn"], activation_bits=16, kv_bits=16, k_hadamard=True)
+
+
 def _logits(source: WeightSource, layers: list[Layer]) -> Tensor:
     """float64 logits of two sequences."""
     tokens = torch.arange(2 * LENGTH) * 7 % source.config.vocab_size
     x = source.tensor(names.EMBEDDING).double()[tokens]
     for layer in layers:
-        (x,) = _quantizer(source).run_exact(layer, [x])
+        (x,) = _quantizer(source, UNROUNDED).run_served(layer, [x])
     norm = source.tensor(names.FINAL_NORM).double()
     x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm, source.config.rms_norm_eps)
     tied = source.config.tie_word_embeddings
@@ -106,6 +110,7 @@ PASSES: list[LayerPass] = [
     SmoothOutputs(0.3, 0.7),
     ReorderChannels(),
     RotateValues(),
+    CenterKeys(),
 ]
 
 
@@ -119,7 +124,8 @@ def test_pass_leaves_logits_unchanged(family: str, layer_pass: LayerPass) -> Non
     changed = [layer_pass(layer, quantizer.statistics(layer, x), source.config) for layer in layers]
     untouched = isinstance(layer_pass, SmoothAttention) and source.config.qk_norm
     same = all(
-        torch.equal(changed[0][name], layers[0][name]) for name in layers[0] if "weight" in name
+        name in layers[0] and torch.equal(tensor, layers[0][name])
+        for name, tensor in changed[0].items()
     )
     assert same == untouched
     assert torch.allclose(_logits(source, changed), _logits(source, layers), rtol=1e-9, atol=1e-9)
@@ -140,13 +146,16 @@ def test_smooth_attention_takes_the_loudness_out_of_keys() -> None:
 
 
 @pytest.mark.parametrize("kv_bits", [4, 8, 16])
-def test_key_hadamard_cancels_and_kv_bits_act(kv_bits: int) -> None:
+def test_key_hadamard_and_center_cancel_and_kv_bits_act(kv_bits: int) -> None:
     config = tiny_source().config
     qkv = torch.randn(2 * LENGTH, config.query_size + 2 * config.kv_size, dtype=torch.float64)
     table = rope_table(config, LENGTH)
     seen: list[Tensor] = []
     plain = DenseAttention(config, LENGTH, table, kv_bits=kv_bits)
-    turned = replace(plain, hadamard=True, observer=lambda _, q, k, v: seen.append(k))
+    center = torch.randn(config.num_kv_heads, config.head_dim)
+    turned = replace(
+        plain, hadamard=True, key_center=center, observer=lambda _, q, k, v: seen.append(k)
+    )
     difference = (turned(0, qkv) - plain(0, qkv)).abs().max()
     assert difference < 1e-9 if kv_bits == 16 else difference > 1e-4
     stored = quantize_kv(seen[0], kv_bits).dequantize() if kv_bits < 16 else seen[0]

@@ -45,6 +45,7 @@ class ModelRunner:
             self._rope_table,
             self._kv_format,
             self._hadamard,
+            self._decoder.key_centers,
         )
         return self._decoder.forward(batch.token_ids, attend)
 

@@ -31,7 +31,8 @@ class QuantizationConfig:
 
     weight_bits: 4 or 8, of linears not named otherwise by their tensors. group_size: -1 | 64 | 128.
     activation_bits: 8, or 16 for weights that are to be dequantized. kv_bits: 4, 8 or 16.
-    k_hadamard: q and k of each head are rotated after RoPE. recipe: what made the checkpoint.
+    k_hadamard: q and k of each head are rotated after RoPE. k_center: tensors `self_attn.k_center`
+    [Hkv, D] are subtracted from k before that. recipe: what made the checkpoint.
     """
 
     weight_bits: int = 4
@@ -39,6 +40,7 @@ class QuantizationConfig:
     activation_bits: int = 8
     kv_bits: int = 4
     k_hadamard: bool = False
+    k_center: bool = False
     recipe: str = ""
 
     def __post_init__(self) -> None:
@@ -48,6 +50,7 @@ class QuantizationConfig:
             "activation_bits": (8, 16),
             "kv_bits": (4, 8, 16),
             "k_hadamard": (False, True),
+            "k_center": (False, True),
         }
         for name, values in allowed.items():
             value = getattr(self, name)

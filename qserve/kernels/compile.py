@@ -92,7 +92,7 @@ def attention_variants(arch: str) -> list[Kernel]:
         kv_format, dtype = KVFormat(bits, head_dim, kv_heads), torch.float16
         shared, overlap = SHARED_BYTES[arch], arch == "sm_90a"
         kernels += [
-            append_kernel(AppendShape(kv_format, heads, dtype, True)),
+            append_kernel(AppendShape(kv_format, heads, dtype, True, True)),
             decode_kernel(DecodeShape(kv_format, heads, dtype, shared, overlap)),
             combine_kernel(heads, head_dim, dtype),
             gather_kernel(kv_format, dtype),

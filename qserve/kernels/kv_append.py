@@ -21,6 +21,7 @@ def rope_append(
     kv_format: KVFormat,
     num_query_heads: int,
     hadamard: bool = False,
+    key_center: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k, write k and v into their pages, return q.
 
@@ -28,6 +29,8 @@ def rope_append(
     pool: uint8 [num_pages, Hkv, block_bytes], written in place at batch.slots.
     hadamard: multiply q and k by the orthonormal Hadamard matrix of size D after RoPE, which
     leaves q . k as it is and spreads K's outliers before they are quantized.
+    key_center: float32 [Hkv, D] or None, subtracted from every key after RoPE: all of a query's
+    scores move alike, which softmax does not see, and the keys' common part need not be quantized.
     Returns q [T, Hq, D] in qkv's dtype.
     """
     head_dim, kv_heads = kv_format.head_dim, kv_format.num_kv_heads
@@ -38,19 +41,24 @@ def rope_append(
     contract.check("positions", batch.positions, ("T",), torch.int64)
     contract.check("slots", batch.slots, ("T",), torch.int64)
     contract.check("pool", pool, ("pages", kv_heads, kv_format.block_bytes), torch.uint8)
+    if key_center is not None:
+        contract.check("key_center", key_center, (kv_heads, head_dim), torch.float32)
     if qkv.is_cuda:
         from qserve.kernels import kv_append_cuda
 
         return kv_append_cuda.rope_append(
-            qkv, rope_table, batch, pool, kv_format, num_query_heads, hadamard
+            qkv, rope_table, batch, pool, kv_format, num_query_heads, hadamard, key_center
         )
     heads: Tensor = qkv.float().unflatten(-1, (-1, head_dim))
     queries_and_keys, values = heads.split((num_query_heads + kv_heads, kv_heads), dim=1)
     rotated = apply_rope(queries_and_keys, rope_table[batch.positions])
+    queries, keys = rotated[:, :num_query_heads], rotated[:, num_query_heads:]
+    if key_center is not None:
+        keys = keys - key_center
     if hadamard:
-        rotated = apply_hadamard(rotated)
-    write_tokens(pool, kv_format, batch.slots, rotated[:, num_query_heads:], values)
-    return rotated[:, :num_query_heads].to(qkv.dtype)
+        queries, keys = apply_hadamard(queries), apply_hadamard(keys)
+    write_tokens(pool, kv_format, batch.slots, keys, values)
+    return queries.to(qkv.dtype)
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:

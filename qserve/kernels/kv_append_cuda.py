@@ -18,12 +18,16 @@ THREADS = 256
 
 @dataclass(frozen=True)
 class AppendShape:
-    """What one variant of the kernel is compiled for; dtype is that of qkv and q."""
+    """What one variant of the kernel is compiled for; dtype is that of qkv and q.
+
+    centered: whether a center is subtracted from the keys.
+    """
 
     kv_format: KVFormat
     num_query_heads: int
     dtype: torch.dtype
     hadamard: bool
+    centered: bool = False
 
     @property
     def warps_per_token(self) -> int:
@@ -44,17 +48,19 @@ def rope_append(
     kv_format: KVFormat,
     num_query_heads: int,
     hadamard: bool,
+    key_center: Tensor | None = None,
 ) -> Tensor:
     """See `kv_append.rope_append`; qkv is float16 or bfloat16."""
     if qkv.dtype not in (torch.float16, torch.bfloat16):
         raise OpError(f"rope_append: on a GPU, {qkv.dtype} is not served")
-    tensors = (qkv, rope_table, batch.positions, batch.slots, pool)
+    center = rope_table if key_center is None else key_center  # the table will not be read there
+    tensors = (qkv, rope_table, center, batch.positions, batch.slots, pool)
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise OpError("rope_append: tensors must be contiguous")
     tokens = len(qkv)
     q = torch.empty(tokens, num_query_heads, kv_format.head_dim, dtype=qkv.dtype, device=qkv.device)
     if tokens:
-        shape = AppendShape(kv_format, num_query_heads, qkv.dtype, hadamard)
+        shape = AppendShape(kv_format, num_query_heads, qkv.dtype, hadamard, key_center is not None)
         grid = (-(-tokens * shape.warps_per_token * 32 // THREADS),)
         append_kernel(shape)(qkv.device, grid, (*tensors, q, tokens))
     return q
@@ -67,7 +73,7 @@ def append_kernel(shape: AppendShape) -> Kernel:
     return Kernel(
         "kv_append.cu",
         "rope_append",
-        parameters="(6Pi)",
+        parameters="(7Pi)",
         threads=THREADS,
         overlap=True,
         constants={
@@ -77,6 +83,7 @@ def append_kernel(shape: AppendShape) -> Kernel:
             "KV_HEADS": kv_format.num_kv_heads,
             "QUERY_HEADS": shape.num_query_heads,
             "HADAMARD": shape.hadamard,
+            "CENTERED": shape.centered,
             "BFLOAT16": shape.dtype == torch.bfloat16,
             "PAGE_BFLOAT16": kv_format.dtype == torch.bfloat16,
         },

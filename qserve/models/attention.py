@@ -25,6 +25,7 @@ class PagedAttention:
 
     pools: uint8 [L, pages, Hkv, block_bytes]. rope_table: float32 [P, D].
     hadamard: rotate q and k of each head after RoPE, which spreads outliers before they are quantized.
+    key_centers: float32 [L, Hkv, D], subtracted from the keys before that, or None.
     """
 
     config: ModelConfig
@@ -33,6 +34,7 @@ class PagedAttention:
     rope_table: Tensor
     kv_format: KVFormat
     hadamard: bool = False
+    key_centers: Tensor | None = None
 
     def __call__(self, layer_index: int, qkv: Tensor) -> Tensor:
         """qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]."""
@@ -45,6 +47,7 @@ class PagedAttention:
             self.kv_format,
             self.config.num_heads,
             self.hadamard,
+            None if self.key_centers is None else self.key_centers[layer_index],
         )
         return paged_attention(
             query,
@@ -61,7 +64,7 @@ class DenseAttention:
     """Causal attention over equally long sequences, flattened to T = S x length, without a cache.
 
     For calibration, and as the oracle of the paged path. rope_table: float32 [P, D].
-    hadamard: as in `PagedAttention`; the observer sees q and k rotated.
+    hadamard, key_center [Hkv, D]: as in `PagedAttention`; the observer sees q and k with both.
     kv_bits: 4 or 8 to read keys and values as pages of so many bits give them back.
     """
 
@@ -71,21 +74,25 @@ class DenseAttention:
     hadamard: bool = False
     observer: Observer | None = None
     kv_bits: int = 16
+    key_center: Tensor | None = None
 
     def __call__(self, layer_index: int, qkv: Tensor) -> Tensor:
         """qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]."""
         heads = qkv.unflatten(-1, (-1, self.config.head_dim))
         sizes = [self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads]
         query, key, value = heads.split(sizes, dim=1)
-        query, key = self._rotate(query), self._rotate(key)
+        query, key = self._rope(query), self._rope(key)
+        if self.key_center is not None:
+            key = key - self.key_center
+        if self.hadamard:
+            query, key = apply_hadamard(query), apply_hadamard(key)
         if self.observer is not None:
             self.observer(layer_index, query, key, value)
         return self._attend(query, self._stored(key), self._stored(value))
 
-    def _rotate(self, heads: Tensor) -> Tensor:
+    def _rope(self, heads: Tensor) -> Tensor:
         rows = self.rope_table[: self.length].repeat(len(heads) // self.length, 1)
-        rotated = apply_rope(heads, rows)
-        return (apply_hadamard(rotated) if self.hadamard else rotated).to(heads.dtype)
+        return apply_rope(heads, rows).to(heads.dtype)
 
     def _stored(self, heads: Tensor) -> Tensor:
         if self.kv_bits == 16:

@@ -66,13 +66,17 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole model: embedding [V, H], layers, final norm, lm_head [V, H] (the embedding if tied)."""
+    """A whole model: embedding [V, H], layers, final norm, lm_head [V, H] (the embedding if tied).
+
+    key_centers: float32 [L, Hkv, D], what attention subtracts from keys before storing them, or None.
+    """
 
     config: ModelConfig
     embedding: Tensor
     layers: list[DecoderLayer]
     norm: RMSNorm
     lm_head: FloatLinear
+    key_centers: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -32,15 +32,14 @@ def load_decoder(
     activations: Activations = "int8",
 ) -> Decoder:
     """The whole model; ModelError or FormatError names what is missing, extra or does not fit."""
-    if source.quantization is not None:
-        QuantizationConfig.from_json(source.quantization)
     check_names(source)
     config = source.config
     reader = _Reader.of(source, dtype, device, activations)
     embedding = reader.tensor(names.EMBEDDING)
     head = embedding if config.tie_word_embeddings else reader.tensor(names.LM_HEAD)
     layers = [reader.layer(index) for index in range(config.num_layers)]
-    return Decoder(config, embedding, layers, reader.norm(names.FINAL_NORM), FloatLinear(head))
+    norm = reader.norm(names.FINAL_NORM)
+    return Decoder(config, embedding, layers, norm, FloatLinear(head), reader.key_centers())
 
 
 def load_layer(
@@ -57,7 +56,7 @@ def load_layer(
 def check_names(source: WeightSource) -> None:
     """Raise ModelError naming the first tensor that is missing or that the model does not know."""
     config, present = source.config, source.names()
-    expected = _expected_names(config, present)
+    expected = _expected_names(config, present) | _center_shapes(source).keys()
     missing = expected - present
     extra = {name for name in present - expected if not _is_redundant(config, name)}
     if missing:
@@ -81,6 +80,15 @@ def _expected_names(config: ModelConfig, present: set[str]) -> set[str]:
             expected.remove(f"{linear}.weight")
             expected |= {f"{linear}.{suffix}" for suffix in _weight_suffixes(present, linear)}
     return expected
+
+
+def _center_shapes(source: WeightSource) -> dict[str, names.Shape]:
+    """The key centers that the checkpoint says it has, by their full names."""
+    config, quantization = source.config, source.quantization
+    if quantization is None or not QuantizationConfig.from_json(quantization).k_center:
+        return {}
+    shape = (config.num_kv_heads, config.head_dim)
+    return {names.layer_prefix(i) + names.KEY_CENTER: shape for i in range(config.num_layers)}
 
 
 def _weight_suffixes(present: set[str], linear: str) -> tuple[str, ...]:
@@ -134,7 +142,7 @@ class _Reader:
         device: torch.device | str,
         activations: Activations,
     ) -> _Reader:
-        shapes = names.tensor_shapes(source.config)
+        shapes = names.tensor_shapes(source.config) | _center_shapes(source)
         return cls(source, shapes, dtype, torch.device(device), activations)
 
     def tensor(self, name: str) -> Tensor:
@@ -145,6 +153,15 @@ class _Reader:
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.tensor(name), self.source.config.rms_norm_eps)
+
+    def key_centers(self) -> Tensor | None:
+        """float32 [L, Hkv, D], if the checkpoint has them."""
+        centers = [name for name in self.shapes if name.endswith(names.KEY_CENTER)]
+        if not centers:
+            return None
+        for name in centers:
+            self._check(name, self.source.tensor(name))
+        return torch.stack([self.source.tensor(name) for name in centers]).float().to(self.device)
 
     def layer(self, index: int) -> DecoderLayer:
         prefix = names.layer_prefix(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from qserve.formats.activation import quantize_activation
 from qserve.formats.weight import QuantizedWeight, W8Weight, WeightGrid, fit_grid
+from qserve.models import names
 from qserve.models.attention import DenseAttention
 from qserve.models.config import ModelConfig
 from qserve.models.rope import rope_table
@@ -75,8 +77,8 @@ class LayerQuantizer:
     def quantize(self, layer: Layer, streams: Streams) -> tuple[QuantizedLayer, Streams]:
         """The layer, and what leaves it."""
         layer = self._prepared(layer, streams.exact[0])
-        exact = PausedLayer(layer, self.config, streams.exact, self._attend(self._exact))
-        served = PausedLayer(layer, self.config, streams.served, self._attend(self._served))
+        exact = PausedLayer(layer, self.config, streams.exact, self._attend_exactly)
+        served = PausedLayer(layer, self.config, streams.served, self._attend_as_served(layer))
         weights: dict[str, QuantizedWeight] = {}
         served_layer = dict(layer)
         for parts in FUSED_LINEARS:
@@ -87,32 +89,31 @@ class LayerQuantizer:
                 served_layer[f"{part}.weight"] = weight.dequantize().to(layer[f"{part}.weight"])
             exact.resume(_linear(layer, parts, exact.inputs))
             served.resume(_linear(served_layer, parts, inputs))
-        names = {f"{part}.weight" for parts in FUSED_LINEARS for part in parts}
-        tensors = {name: tensor for name, tensor in layer.items() if name not in names}
+        rounded = {f"{part}.weight" for part in weights}
+        tensors = {name: tensor for name, tensor in layer.items() if name not in rounded}
         return QuantizedLayer(tensors, weights, served_layer), Streams(
             exact.outputs, served.outputs
         )
 
     def run_exact(self, layer: Layer, batches: Sequence[Tensor]) -> list[Tensor]:
         """What leaves an unquantized layer."""
-        return self._run(layer, batches, self._exact, quantized=False)
+        run = PausedLayer(layer, self.config, batches, self._attend_exactly)
+        for parts in FUSED_LINEARS:
+            run.resume(_linear(layer, parts, run.inputs))
+        return run.outputs
 
     def run_served(self, layer: Layer, batches: Sequence[Tensor]) -> list[Tensor]:
         """What leaves a layer when its activations, keys and values are quantized."""
-        return self._run(layer, batches, self._served, quantized=True)
-
-    def _run(
-        self, layer: Layer, batches: Sequence[Tensor], attention: DenseAttention, quantized: bool
-    ) -> list[Tensor]:
-        run = PausedLayer(layer, self.config, batches, self._attend(attention))
+        run = PausedLayer(layer, self.config, batches, self._attend_as_served(layer))
         for parts in FUSED_LINEARS:
-            inputs = [self._activation(x) for x in run.inputs] if quantized else run.inputs
-            run.resume(_linear(layer, parts, inputs))
+            run.resume(_linear(layer, parts, [self._activation(x) for x in run.inputs]))
         return run.outputs
 
-    @staticmethod
-    def _attend(attention: DenseAttention) -> Callable[[Tensor], Tensor]:
-        return lambda qkv: attention(0, qkv)
+    def _attend_exactly(self, qkv: Tensor) -> Tensor:
+        return self._exact(0, qkv)
+
+    def _attend_as_served(self, layer: Layer) -> Callable[[Tensor], Tensor]:
+        return partial(replace(self._served, key_center=layer.get(names.KEY_CENTER)), 0)
 
     def _activation(self, x: Tensor) -> Tensor:
         if self.recipe.activation_bits == 16:
@@ -151,6 +152,9 @@ class LayerQuantizer:
         """The layer after the recipe's passes, without those that make it worse."""
         if not self.recipe.passes:
             return layer
+        if self.recipe.k_center:
+            shape = (self.config.num_kv_heads, self.config.head_dim)
+            layer = {**layer, names.KEY_CENTER: sample.new_zeros(shape)}
         statistics = self.statistics(layer, sample)
         expected = self.run_exact(layer, [sample])
         best = self._trial_error(layer, sample, expected)
@@ -178,14 +182,15 @@ class LayerQuantizer:
 
         def observe(_: int, query: Tensor, key: Tensor, value: Tensor) -> None:
             heads["query"], heads["key"] = query.abs().amax(dim=0), key.abs().amax(dim=0)
+            heads["key_mean"] = key.mean(dim=0)
 
         attention = replace(self._exact, observer=observe)
-        run = PausedLayer(layer, self.config, [sample], self._attend(attention))
+        run = PausedLayer(layer, self.config, [sample], partial(attention, 0))
         inputs: dict[tuple[str, ...], Tensor] = {}
         for parts in FUSED_LINEARS:
             inputs[parts] = run.inputs[0].abs().amax(dim=0)
             run.resume(_linear(layer, parts, run.inputs))
-        return Statistics(inputs, heads["query"], heads["key"])
+        return Statistics(inputs, **heads)
 
 
 def _linear(layer: Layer, parts: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:

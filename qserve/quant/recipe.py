@@ -7,6 +7,7 @@ from typing import Literal
 
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.quant.smooth import (
+    CenterKeys,
     LayerPass,
     ReorderChannels,
     RotateValues,
@@ -26,6 +27,7 @@ class Recipe:
 
     rotation: multiply the residual stream by a Hadamard matrix; "measured" if that lowers the error
         of a few layers, quantized either way, on calibration text they were not fitted to.
+    k_hadamard: rotate each head of queries and keys after RoPE.
     passes: what is done to each layer before rounding; with `guarded`, each only where the layer's
         error is not higher for it.
     grid: "span" reaches from each group's minimum to its maximum, "search" is where it loses least.
@@ -53,6 +55,11 @@ class Recipe:
     sequences: int = 32
     length: int = 512
 
+    @property
+    def k_center(self) -> bool:
+        """Whether attention is to subtract a center from keys before it stores them."""
+        return any(isinstance(layer_pass, CenterKeys) for layer_pass in self.passes)
+
     def quantization(self, group_size: int) -> QuantizationConfig:
         """What a checkpoint made so says of itself."""
         return QuantizationConfig(
@@ -61,6 +68,7 @@ class Recipe:
             activation_bits=self.activation_bits,
             kv_bits=self.kv_bits,
             k_hadamard=self.k_hadamard,
+            k_center=self.k_center,
             recipe=self.name,
         )
 
@@ -72,7 +80,7 @@ RECIPES = {
             "qoq",
             rotation="measured",
             k_hadamard=True,
-            passes=(RotateValues(),),
+            passes=(RotateValues(), CenterKeys()),
             guarded=True,
             grid="search",
             damping=0.3,

@@ -147,4 +147,5 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with U^T U = inverse of `hessian`: the inverse of R, hessian = R R^T."""
     lower = torch.linalg.cholesky(hessian.flip(0, 1))
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return inverse

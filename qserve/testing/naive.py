@@ -63,7 +63,13 @@ class _TokenByToken:
         self._page_table = torch.arange(num_pages, dtype=torch.int32, device=decoder.device)[None]
         table = rope_table(decoder.config, max_length).to(decoder.device)
         self._attention = PagedAttention(
-            decoder.config, self._batch(0), self._pools, table, kv_format, hadamard
+            decoder.config,
+            self._batch(0),
+            self._pools,
+            table,
+            kv_format,
+            hadamard,
+            decoder.key_centers,
         )
         self._position = 0
 

@@ -1,4 +1,4 @@
-// RoPE, optional Hadamard, quantize and paged write of the new tokens, in one pass: a thread holds
+// RoPE, optional center and Hadamard, quantize and paged write of the new tokens, in one pass: a thread holds
 // chunks of both halves of one head, so that RoPE needs no exchange. A warp's heads are all of one
 // role (query, key or value).
 #include "half.cuh"
@@ -17,6 +17,7 @@ constexpr float HALF_MAX = 65504.0f;
 struct Arguments {
   const uint16* qkv;
   const float* rope_table;
+  const float* key_center;
   const int64* positions;
   const int64* slots;
   uint8* pool;
@@ -53,6 +54,12 @@ DEVICE void store_channels(uint16* head, int lane, const Channels& x) {
     reinterpret_cast<uint4*>(head)[lane + i * LANES] = pack_vector<BF16>(x.chunks[i]);
 }
 
+DEVICE void load_chunk(float (&x)[CHUNK], const float* row, int chunk) {
+  const float4* vectors = reinterpret_cast<const float4*>(row) + chunk * 2;
+  const float4 a = __ldg(vectors), b = __ldg(vectors + 1);
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
 // The cosines and sines that a thread needs.
 struct Rotation {
   float cosines[OWN_PAIRS][CHUNK], sines[OWN_PAIRS][CHUNK];
@@ -66,12 +73,6 @@ struct Rotation {
     }
   }
 
-  static __device__ __forceinline__ void load_chunk(float (&x)[CHUNK], const float* row,
-                                                    int chunk) {
-    const float4* vectors = reinterpret_cast<const float4*>(row) + chunk * 2;
-    const float4 a = __ldg(vectors), b = __ldg(vectors + 1);
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-  }
 };
 
 // Every product and sum is rounded by itself, as the reference's are.
@@ -116,6 +117,16 @@ DEVICE void apply_hadamard(Channels& x, int lane) {
   }
   const float norm = HEAD_DIM == 128 ? 0.08838834764831845f : 0.125f;
   x.each([&](float& value) { value *= norm; });
+}
+
+DEVICE void subtract(Channels& x, const float* center, int lane) {
+#pragma unroll
+  for (int i = 0; i < OWN_CHUNKS; i++) {
+    float values[CHUNK];
+    load_chunk(values, center, lane + i * LANES);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) x.chunks[i][j] = __fsub_rn(x.chunks[i][j], values[j]);
+  }
 }
 
 // How one head of one token is coded: x ~ scale * code + offset.
@@ -224,6 +235,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Argument
   load_channels(x, arguments.qkv + row * HEAD_DIM, lane);
   if (role == 2) return append<false>(arguments, slot, head, lane, x);
   rotate(x, rotation);
+  if (CENTERED && role == 1)
+    subtract(x, arguments.key_center + min(head, KV_HEADS - 1) * HEAD_DIM, lane);
   if (HADAMARD) apply_hadamard(x, lane);
   if (role == 1) return append<true>(arguments, slot, head, lane, x);
   if (head >= QUERY_HEADS) return;
