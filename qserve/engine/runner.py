@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qserve.engine.batch import ForwardBatch
 from qserve.engine.kv_cache import allocate_pools
+from qserve.engine.threads import StepThreads
 from qserve.formats.kv import KVFormat
 from qserve.models.attention import PagedAttention
 from qserve.models.decoder import Decoder
@@ -30,6 +31,7 @@ class ModelRunner:
         layers, device = decoder.config.num_layers, decoder.device
         self._pools = allocate_pools(kv_format, layers, num_pages, device)
         self._rope_table = rope_table(decoder.config, max_positions).to(device)
+        self._threads = StepThreads(decoder.config, device)
 
     @property
     def device(self) -> torch.device:
@@ -47,9 +49,11 @@ class ModelRunner:
             self._hadamard,
             self._decoder.key_centers,
         )
-        return self._decoder.forward(batch.token_ids, attend)
+        with self._threads.for_tokens(len(batch.token_ids)):
+            return self._decoder.forward(batch.token_ids, attend)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [n, V] of hidden states [n, H]."""
-        return self._decoder.logits(hidden)
+        with self._threads.for_tokens(len(hidden)):
+            return self._decoder.logits(hidden)
