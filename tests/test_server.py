@@ -198,5 +198,7 @@ def test_metrics() -> None:
             "vllm:e2e_request_latency_seconds_count": 2,
             "vllm:request_prompt_tokens_sum": 5,
             "vllm:request_generation_tokens_sum": 8,
+            "qserve:engine_steps_total": 4,
         }
         assert {name: metric(http, name) for name in expected} == expected
+        assert metric(http, "qserve:engine_step_seconds_total") > 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +28,8 @@ from qserve.server.tokens import TokenService
 
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
+
+PAGE = Path(__file__).parent / "page"
 
 _DEFAULT = ServerConfig()
 
@@ -47,10 +51,11 @@ def create_app(
     app = FastAPI(title="QServe", version=qserve.__version__, lifespan=lifespan)
     install_error_handlers(app)
     _surround(app, config)
-    codec, metrics = TextCodec(tokenizer), Metrics(lambda: engine.stats, model_name)
+    codec, metrics = TextCodec(tokenizer), Metrics(engine, model_name)
     generation = GenerationService(engine, codec, metrics, model_name, config.request_timeout)
     _add_generation(app, generation)
     _add_tokens(app, TokenService(codec, model_name))
+    _add_page(app)
     _add_status(app, _Status(engine, metrics, model_name))
     return app
 
@@ -94,6 +99,17 @@ def _add_status(app: FastAPI, status: _Status) -> None:
     app.add_api_route("/health", status.health, responses=error_answers(503))
     app.add_api_route("/ready", status.ready, responses=error_answers(503))
     app.add_api_route("/metrics", status.metrics, response_class=Response)
+
+
+def _add_page(app: FastAPI) -> None:
+    headers = {"Content-Security-Policy": "default-src 'self'"}
+
+    async def page() -> Response:
+        """A chat, and a live view of the engine."""
+        return FileResponse(PAGE / "index.html", headers=headers)
+
+    app.add_api_route("/", page, response_class=HTMLResponse)
+    app.mount("/page", StaticFiles(directory=PAGE))
 
 
 class _Status:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -56,6 +58,17 @@ class RequestTimeoutError(ServingError):
 
 class EngineFailedError(ServingError):
     """The engine's thread has ended with an error; nothing will be served any more."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """The engine's steps since it was started, and the seconds they took."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    def with_step(self, seconds: float) -> StepTotals:
+        return StepTotals(self.steps + 1, self.seconds + seconds)
 
 
 class OutputStream:
@@ -127,6 +140,7 @@ class AsyncEngine:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="qserve-engine", daemon=True)
         self._stats = engine.stats
+        self.step_totals = StepTotals()
         self.failure: Exception | None = None
         self.is_draining = False
 
@@ -198,7 +212,9 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._carry_out_commands():
+                start = time.perf_counter()
                 outputs = self._engine.step()
+                self.step_totals = self.step_totals.with_step(time.perf_counter() - start)
                 self._stats = self._engine.stats
                 self._call_soon(self._deliver, outputs)
         except Exception as error:

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from qserve.engine.engine import EngineStats
 from qserve.engine.request import RequestOutput
+from qserve.server.async_engine import AsyncEngine, StepTotals
 
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -25,6 +26,10 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     ),
     "qserve:kv_cache_pages": ("Pages of the KV cache.", lambda s: s.pages_total),
 }
+_STEP_COUNTERS: dict[str, tuple[str, Callable[[StepTotals], float]]] = {
+    "qserve:engine_steps": ("Steps of the engine.", lambda t: t.steps),
+    "qserve:engine_step_seconds": ("Seconds spent in steps.", lambda t: t.seconds),
+}
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:prompt_tokens": ("Prompt tokens of admitted requests.", lambda s: s.prompt_tokens),
     "vllm:generation_tokens": ("Tokens generated.", lambda s: s.generated_tokens),
@@ -37,32 +42,31 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
 class _EngineCollector:
     """Reads the engine's state when it is asked for."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model: str) -> None:
-        self._stats = stats
+    def __init__(self, engine: AsyncEngine, model: str) -> None:
+        self._engine = engine
         self._model = model
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats, steps = self._engine.stats, self._engine.step_totals
         for name, (meaning, value) in _GAUGES.items():
-            yield self._filled(
-                GaugeMetricFamily(name, meaning, labels=["model_name"]), value(stats)
-            )
+            yield self._metric(GaugeMetricFamily, name, meaning, value(stats))
         for name, (meaning, value) in _COUNTERS.items():
-            yield self._filled(
-                CounterMetricFamily(name, meaning, labels=["model_name"]), value(stats)
-            )
+            yield self._metric(CounterMetricFamily, name, meaning, value(stats))
+        for name, (meaning, total) in _STEP_COUNTERS.items():
+            yield self._metric(CounterMetricFamily, name, meaning, total(steps))
 
-    def _filled(self, family: Metric, value: float) -> Metric:
-        family.add_metric([self._model], value)
-        return family
+    def _metric(self, family: type[Metric], name: str, meaning: str, value: float) -> Metric:
+        metric = family(name, meaning, labels=["model_name"])
+        metric.add_metric([self._model], value)
+        return metric
 
 
 class Metrics:
     """The metrics of one server, in a registry of their own."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model: str) -> None:
+    def __init__(self, engine: AsyncEngine, model: str) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(stats, model))
+        self.registry.register(_EngineCollector(engine, model))
         self._model = model
         self._finished = Counter(
             "vllm:request_success",
