@@ -145,6 +145,32 @@ def serve(
         run_server(engine, engine.tokenizer, display_name(model), listener, config)
 
 
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="A model, or the URL of a server.", show_default=False)
+    ],
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="Makes the answers reproducible.")] = None,
+    precision: Precision = None,
+    kv: KVBits = None,
+) -> None:
+    """Chat with a model or a server in the terminal."""
+    from qserve.cli.chat import check_options_of_a_server, converse, engine_reply, server_reply
+    from qserve.engine.request import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if model.startswith(("http://", "https://")):
+        check_options_of_a_server(precision, kv)
+        fields = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        reply = server_reply(model, fields)
+    else:
+        reply = engine_reply(load_engine(model, precision, bits_of(kv)), params)
+    converse(reply, system)
+
+
 @evaluate.command()
 def perplexity(
     model: Model,

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+API_KEY_VARIABLE = "QSERVE_API_KEY"
+"""A key that `serve` asks clients for, and that `chat` shows a server."""
+
 Model = Annotated[
     str,
     typer.Argument(help="A directory, a hub id, a .gguf file or smollm2-135m.", show_default=False),

@@ -15,12 +15,11 @@ import uvicorn
 from transformers import PreTrainedTokenizerBase
 
 from qserve.cli.model import console
+from qserve.cli.options import API_KEY_VARIABLE
 from qserve.config import ConfigError, ServerConfig
 from qserve.server.app import create_app
 from qserve.server.async_engine import AsyncEngine, ServedEngine
 from qserve.server.middleware import request_logger
-
-API_KEY_VARIABLE = "QSERVE_API_KEY"
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
