@@ -244,10 +244,12 @@ def test_log_of_a_client_that_leaves(caplog: pytest.LogCaptureFixture) -> None:
 
 SERVER = """
 import sys
+from qserve.cli import serving
 from qserve.cli.serving import bound_socket, check_tls, run_server
 from qserve.config import ServerConfig
 from qserve.testing.stub_engine import StubEngine
 from qserve.testing.tiny import tiny_tokenizer
+serving.LAST_SECONDS = 1
 certificate, key = sys.argv[1:] or (None, None)
 config = ServerConfig(port=0, log_requests=True, tls_certificate=certificate, tls_key=key)
 check_tls(config)
@@ -306,6 +308,14 @@ def test_idle_server_ends_at_once_and_second_signal_ends_any() -> None:
         wait_until(lambda: answers(http))
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0
+
+
+def test_end_does_not_wait_for_a_client_that_stalls() -> None:
+    with process() as (server, url), httpx.Client(base_url=url) as http:
+        wait_until(lambda: answers(http))
+        with half_a_body(url):
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
 
 
 def answers(http: httpx.Client) -> bool:

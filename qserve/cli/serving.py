@@ -21,6 +21,9 @@ from qserve.server.app import create_app
 from qserve.server.async_engine import AsyncEngine, ServedEngine
 from qserve.server.middleware import request_logger
 
+LAST_SECONDS = 30
+"""How long clients may take, once all answers are there, to read them or to send half a request."""
+
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
     """The keys in a file, one a line, and the one in the environment."""
@@ -80,6 +83,7 @@ def run_server(
     options = uvicorn.Config(
         application,
         log_level="warning",
+        timeout_graceful_shutdown=LAST_SECONDS,
         ssl_certfile=config.tls_certificate,
         ssl_keyfile=config.tls_key,
     )
