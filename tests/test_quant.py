@@ -24,7 +24,15 @@ from qserve.models.config import ModelError
 from qserve.models.loader import load_decoder
 from qserve.models.rope import rope_table
 from qserve.models.source import WeightSource, open_source
-from qserve.quant.calibrate import CalibrationError, Layer, calibration_text, read_layer
+from qserve.quant.calibrate import (
+    CalibrationError,
+    Layer,
+    PausedLayer,
+    calibration_text,
+    fused_bias,
+    fused_weight,
+    read_layer,
+)
 from qserve.quant.clip import search_grid
 from qserve.quant.hadamard import HadamardError, hadamard
 from qserve.quant.layer import LayerQuantizer, Streams
@@ -33,7 +41,6 @@ from qserve.quant.recipe import RECIPES, Recipe, RecipeError, find_recipe
 from qserve.quant.rotate import RotatedSource
 from qserve.quant.rounding import Moments, damped, error, gptq, no_worse, propagated
 from qserve.quant.smooth import (
-    CenterKeys,
     LayerPass,
     ReorderChannels,
     RotateValues,
@@ -110,7 +117,6 @@ PASSES: list[LayerPass] = [
     SmoothOutputs(0.3, 0.7),
     ReorderChannels(),
     RotateValues(),
-    CenterKeys(),
 ]
 
 
@@ -341,6 +347,27 @@ def test_served_layer_is_what_the_checkpoint_holds(tmp_path: Path) -> None:
     expected = _quantizer(source).run_served(quantized.served, x)
     assert torch.allclose(streams.served[0], expected[0])
     assert torch.allclose(streams.exact[0], _quantizer(source).run_exact(layer, x)[0])
+
+
+def test_center_is_the_mean_key_of_the_rounded_layer() -> None:
+    source = tiny_source(tiny_config("Qwen3ForCausalLM", attention_bias=True))
+    recipe = replace(UNROUNDED, k_center=True)
+    x = torch.randn(2 * LENGTH, source.config.hidden_size)
+    streams = Streams([x[:LENGTH], x[LENGTH:]], [x[:LENGTH], x[LENGTH:]])
+    quantized, _ = _quantizer(source, recipe).quantize(read_layer(source, 0), streams)
+    seen: list[Tensor] = []
+    attention = DenseAttention(
+        source.config,
+        LENGTH,
+        rope_table(source.config, LENGTH),
+        observer=lambda _, query, key, value: seen.append(key),
+    )
+    run = PausedLayer(quantized.served, source.config, [x], lambda qkv: attention(0, qkv))
+    weight, bias = (join(quantized.served, names.QKV) for join in (fused_weight, fused_bias))
+    run.resume([torch.nn.functional.linear(run.inputs[0], weight, bias)])
+    center = quantized.tensors[names.KEY_CENTER]
+    torch.testing.assert_close(center, seen[0].mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert center.abs().max() > 0.1
 
 
 def _ruin_down(layer: Layer, *_: Any) -> Layer:

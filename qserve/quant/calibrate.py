@@ -108,7 +108,7 @@ def layer_steps(
     norm made the input). attend: qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]. Returns [T, H].
     """
     qkv = yield _norm(layer, names.ATTENTION_NORM, config, x), None
-    x = x + (yield attend(_head_norm(layer, config, qkv)), x)
+    x = x + (yield attend(head_norm(layer, config, qkv)), x)
     gate_up = yield _norm(layer, names.MLP_NORM, config, x), None
     gate, up = gate_up.chunk(2, dim=-1)
     return x + (yield functional.silu(gate) * up, x)
@@ -118,7 +118,8 @@ def _norm(layer: Layer, name: str, config: ModelConfig, x: Tensor) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], layer[name], config.rms_norm_eps)
 
 
-def _head_norm(layer: Layer, config: ModelConfig, qkv: Tensor) -> Tensor:
+def head_norm(layer: Layer, config: ModelConfig, qkv: Tensor) -> Tensor:
+    """qkv [T, (Hq + 2 Hkv) D], its queries and keys normed where the model does so."""
     if not config.qk_norm:
         return qkv
     sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)

@@ -23,6 +23,7 @@ from qserve.quant.calibrate import (
     PausedLayer,
     fused_bias,
     fused_weight,
+    head_norm,
 )
 from qserve.quant.clip import search_grid
 from qserve.quant.recipe import Recipe
@@ -77,23 +78,24 @@ class LayerQuantizer:
     def quantize(self, layer: Layer, streams: Streams) -> tuple[QuantizedLayer, Streams]:
         """The layer, and what leaves it."""
         layer = self._prepared(layer, streams.exact[0])
+        rounded = dict(layer)
         exact = PausedLayer(layer, self.config, streams.exact, self._attend_exactly)
-        served = PausedLayer(layer, self.config, streams.served, self._attend_as_served(layer))
+        served = PausedLayer(layer, self.config, streams.served, self._attend_as_served(rounded))
         weights: dict[str, QuantizedWeight] = {}
-        served_layer = dict(layer)
         for parts in FUSED_LINEARS:
             inputs = [self._activation(x) for x in served.inputs]
             moments = Moments.of(exact.inputs, inputs, exact.residuals)
             for part, weight in self._rounded(layer, parts, moments).items():
                 weights[part] = weight
-                served_layer[f"{part}.weight"] = weight.dequantize().to(layer[f"{part}.weight"])
+                rounded[f"{part}.weight"] = weight.dequantize().to(layer[f"{part}.weight"])
+            outputs = _linear(rounded, parts, inputs)
+            if parts == names.QKV and self.recipe.k_center:
+                rounded[names.KEY_CENTER] = self._mean_key(rounded, outputs)
             exact.resume(_linear(layer, parts, exact.inputs))
-            served.resume(_linear(served_layer, parts, inputs))
-        rounded = {f"{part}.weight" for part in weights}
-        tensors = {name: tensor for name, tensor in layer.items() if name not in rounded}
-        return QuantizedLayer(tensors, weights, served_layer), Streams(
-            exact.outputs, served.outputs
-        )
+            served.resume(outputs)
+        float_names = rounded.keys() - {f"{part}.weight" for part in weights}
+        tensors = {name: rounded[name] for name in sorted(float_names)}
+        return QuantizedLayer(tensors, weights, rounded), Streams(exact.outputs, served.outputs)
 
     def run_exact(self, layer: Layer, batches: Sequence[Tensor]) -> list[Tensor]:
         """What leaves an unquantized layer."""
@@ -113,7 +115,16 @@ class LayerQuantizer:
         return self._exact(0, qkv)
 
     def _attend_as_served(self, layer: Layer) -> Callable[[Tensor], Tensor]:
-        return partial(replace(self._served, key_center=layer.get(names.KEY_CENTER)), 0)
+        """Attention over quantized keys and values, by the center that the layer then has."""
+        return lambda qkv: replace(self._served, key_center=layer.get(names.KEY_CENTER))(0, qkv)
+
+    def _mean_key(self, layer: Layer, outputs: Sequence[Tensor]) -> Tensor:
+        """[Hkv, D]: the mean key, after RoPE, of batches of qkv."""
+        means: list[Tensor] = []
+        attention = replace(self._exact, observer=lambda _, q, k, v: means.append(k.mean(dim=0)))
+        for qkv in outputs:
+            attention(0, head_norm(layer, self.config, qkv))
+        return torch.stack(means).mean(dim=0)
 
     def _activation(self, x: Tensor) -> Tensor:
         if self.recipe.activation_bits == 16:
@@ -152,9 +163,6 @@ class LayerQuantizer:
         """The layer after the recipe's passes, without those that make it worse."""
         if not self.recipe.passes:
             return layer
-        if self.recipe.k_center:
-            shape = (self.config.num_kv_heads, self.config.head_dim)
-            layer = {**layer, names.KEY_CENTER: sample.new_zeros(shape)}
         statistics = self.statistics(layer, sample)
         expected = self.run_exact(layer, [sample])
         best = self._trial_error(layer, sample, expected)
@@ -182,7 +190,6 @@ class LayerQuantizer:
 
         def observe(_: int, query: Tensor, key: Tensor, value: Tensor) -> None:
             heads["query"], heads["key"] = query.abs().amax(dim=0), key.abs().amax(dim=0)
-            heads["key_mean"] = key.mean(dim=0)
 
         attention = replace(self._exact, observer=observe)
         run = PausedLayer(layer, self.config, [sample], partial(attention, 0))

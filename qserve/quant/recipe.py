@@ -7,7 +7,6 @@ from typing import Literal
 
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.quant.smooth import (
-    CenterKeys,
     LayerPass,
     ReorderChannels,
     RotateValues,
@@ -27,7 +26,8 @@ class Recipe:
 
     rotation: multiply the residual stream by a Hadamard matrix; "measured" if that lowers the error
         of a few layers, quantized either way, on calibration text they were not fitted to.
-    k_hadamard: rotate each head of queries and keys after RoPE.
+    k_hadamard: rotate each head of queries and keys after RoPE. k_center: before that, subtract the
+        keys' mean, which softmax does not see (SageAttention, arXiv 2410.02367).
     passes: what is done to each layer before rounding; with `guarded`, each only where the layer's
         error is not higher for it.
     grid: "span" reaches from each group's minimum to its maximum, "search" is where it loses least.
@@ -44,6 +44,7 @@ class Recipe:
     kv_bits: Literal[4, 8, 16] = 4
     rotation: Literal["never", "always", "measured"] = "never"
     k_hadamard: bool = False
+    k_center: bool = False
     passes: tuple[LayerPass, ...] = ()
     guarded: bool = False
     grid: Literal["span", "search"] = "span"
@@ -54,11 +55,6 @@ class Recipe:
     group_size: Literal["auto", -1] = "auto"
     sequences: int = 32
     length: int = 512
-
-    @property
-    def k_center(self) -> bool:
-        """Whether attention is to subtract a center from keys before it stores them."""
-        return any(isinstance(layer_pass, CenterKeys) for layer_pass in self.passes)
 
     def quantization(self, group_size: int) -> QuantizationConfig:
         """What a checkpoint made so says of itself."""
@@ -80,7 +76,8 @@ RECIPES = {
             "qoq",
             rotation="measured",
             k_hadamard=True,
-            passes=(RotateValues(), CenterKeys()),
+            k_center=True,
+            passes=(RotateValues(),),
             guarded=True,
             grid="search",
             damping=0.3,

@@ -20,16 +20,14 @@ from qserve.quant.calibrate import Layer
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of calibration tokens; magnitudes are the largest.
+    """Largest magnitudes over calibration tokens.
 
-    inputs: magnitudes [K] of each fused linear's input, by its parts. query [Hq, D], key [Hkv, D]:
-    magnitudes after RoPE. key_mean [Hkv, D]: mean after RoPE.
+    inputs: [K] of each fused linear's input, by its parts. query [Hq, D], key [Hkv, D]: after RoPE.
     """
 
     inputs: dict[tuple[str, ...], Tensor]
     query: Tensor
     key: Tensor
-    key_mean: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,19 +101,6 @@ class RotateValues:
 
     def __call__(self, layer: Layer, statistics: Statistics, config: ModelConfig) -> Layer:
         return rotate.rotate_values(layer, config)
-
-
-@dataclass(frozen=True)
-class CenterKeys:
-    """Let attention subtract the mean key, after RoPE, from every key before it stores them.
-
-    All of a query's scores move alike, which softmax does not see (SageAttention, arXiv 2410.02367),
-    and what the keys have in common takes no part of the quantizer's range. Comes after passes that
-    change the keys.
-    """
-
-    def __call__(self, layer: Layer, statistics: Statistics, config: ModelConfig) -> Layer:
-        return {**layer, names.KEY_CENTER: statistics.key_mean}
 
 
 LayerPass = Callable[[Layer, Statistics, ModelConfig], Layer]
