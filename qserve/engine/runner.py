@@ -55,5 +55,4 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [n, V] of hidden states [n, H]."""
-        with self._threads.for_tokens(len(hidden)):
-            return self._decoder.logits(hidden)
+        return self._decoder.logits(hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -31,23 +33,23 @@ class Contract:
         self, name: str, tensor: Tensor, shape: tuple[str | int, ...], *dtypes: torch.dtype
     ) -> None:
         """Raise OpError unless `tensor` has this shape, one of these dtypes, and the op's device."""
-        self.require(
-            tensor.dim() == len(shape) and all(map(self._agrees, shape, tensor.shape)),
-            f"{name} must have shape {self._describe(shape)}, not {list(tensor.shape)}",
-        )
-        self.require(
-            not dtypes or tensor.dtype in dtypes,
-            f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}",
-        )
+        if tensor.dim() != len(shape) or not all(map(self._agrees, shape, tensor.shape)):
+            self._refuse(
+                f"{name} must have shape {self._describe(shape)}, not {list(tensor.shape)}"
+            )
+        if dtypes and tensor.dtype not in dtypes:
+            self._refuse(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
         self.device = self.device or tensor.device
-        self.require(
-            tensor.device == self.device, f"{name} is on {tensor.device}, not {self.device}"
-        )
+        if tensor.device != self.device:
+            self._refuse(f"{name} is on {tensor.device}, not {self.device}")
 
     def require(self, condition: bool, message: str) -> None:
         """Raise OpError with the op's name and `message` unless `condition` holds."""
         if not condition:
-            raise OpError(f"{self.op}: {message}")
+            self._refuse(message)
+
+    def _refuse(self, message: str) -> NoReturn:
+        raise OpError(f"{self.op}: {message}")
 
     def _agrees(self, expected: str | int, size: int) -> bool:
         if isinstance(expected, int):
