@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qserve.formats.kv import KVFormat
 from qserve.models.config import ModelConfig
-from qserve.models.names import EMBEDDING, tensor_shapes
+from qserve.models.names import EMBEDDING, LM_HEAD, tensor_shapes
 from qserve.models.source import SMOLLM2_ALIAS, open_source
 
 CHECKPOINT = Path("demo-model")
@@ -152,15 +152,18 @@ def show(replies: tuple[Reply, Reply], seconds: float) -> None:
 
 
 def size_table() -> Table:
-    """Bytes of the checkpoint's tensors and of the cache, beside those of 16 bits a number."""
-    source = open_source(str(CHECKPOINT))
-    shapes = tensor_shapes(source.config)
-    stored = sum(tensor_bytes(source.tensor(name)) for name in source.names())
+    """Bytes of the checkpoint's tensors and of the cache, beside those of the model in 16 bits.
+
+    A rotated model stores its head apart from its embedding, which the original may share.
+    """
+    original, quantized = open_source(SMOLLM2_ALIAS).config, open_source(str(CHECKPOINT))
+    stored = {name: tensor_bytes(quantized.tensor(name)) for name in quantized.names()}
+    fp16 = {name: 2 * math.prod(shape) for name, shape in tensor_shapes(original).items()}
     table = Table("", "W4A8KV4", "fp16", "smaller")
-    add_row(table, "checkpoint", stored, sum(2 * math.prod(shape) for shape in shapes.values()))
-    embedding = 2 * math.prod(shapes[EMBEDDING])
-    add_row(table, "  of it, embedding (16 bits)", embedding, embedding)
-    add_row(table, "KV cache of one token", *(kv_bytes(source.config, bits) for bits in (4, 16)))
+    add_row(table, "checkpoint", sum(stored.values()), sum(fp16.values()))
+    ends = (sum(sizes.get(name, 0) for name in (EMBEDDING, LM_HEAD)) for sizes in (stored, fp16))
+    add_row(table, "  of it, embedding and head, 16 bits", *ends)
+    add_row(table, "KV cache of one token", *(kv_bytes(original, bits) for bits in (4, 16)))
     return table
 
 
