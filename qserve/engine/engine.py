@@ -32,7 +32,7 @@ from qserve.formats.checkpoint import QuantizationConfig
 from qserve.formats.layout import PAGE_TOKENS
 from qserve.models.decoder import Decoder
 from qserve.models.loader import Activations, load_decoder
-from qserve.models.source import open_source
+from qserve.models.source import WeightSource, open_source
 
 UNQUANTIZED = QuantizationConfig(activation_bits=16, kv_bits=16)
 """How a model is served whose config.json does not say."""
@@ -92,7 +92,11 @@ class Engine:
 
         Raises ModelError if it cannot be read, ConfigError if it does not go with `config`.
         """
-        source = open_source(str(model))
+        return cls.from_source(open_source(str(model)), config)
+
+    @classmethod
+    def from_source(cls, source: WeightSource, config: EngineConfig) -> Engine:
+        """As `load`, from a source that is already open."""
         device = _resolve_device(config.device)
         dtype = _resolve_dtype(config.dtype, source.config.dtype, device)
         quantization = UNQUANTIZED
