@@ -21,6 +21,8 @@ class EngineConfig:
     max_model_len: tokens of prompt and output together at most; None takes the model's own limit.
     kv_bits: bits per element of the key-value cache, 4, 8 or 16; None is what the checkpoint says,
         or 16 for a model that is not quantized.
+    activation_bits: bits of what quantized weights are multiplied with, 8 or 16 (the weights are
+        then dequantized at load); None is what the checkpoint says.
     num_pages: pages of the cache, 64 tokens each; None takes what the memory holds and the limits
         above can use.
     gpu_memory_utilization: share of the device's free memory that the cache may take (of the
@@ -34,6 +36,7 @@ class EngineConfig:
     max_batched_tokens: int = 1024
     max_model_len: int | None = None
     kv_bits: int | None = None
+    activation_bits: int | None = None
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -50,6 +53,8 @@ class EngineConfig:
             )
         if self.kv_bits not in (None, 4, 8, 16):
             raise ConfigError(f"kv_bits must be 4, 8 or 16, got {self.kv_bits!r}")
+        if self.activation_bits not in (None, 8, 16):
+            raise ConfigError(f"activation_bits must be 8 or 16, got {self.activation_bits!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization!r}"

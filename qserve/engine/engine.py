@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +13,7 @@ from qserve.config import ConfigError, EngineConfig
 from qserve.engine.batch import build_batch
 from qserve.engine.block_pool import BlockPool
 from qserve.engine.kv_cache import choose_num_pages, kv_format_of
+from qserve.engine.loading import UNQUANTIZED, load_model
 from qserve.engine.logprobs import prompt_logprobs, sampled_logprobs
 from qserve.engine.output import RequestState
 from qserve.engine.request import (
@@ -31,11 +31,7 @@ from qserve.engine.sequence import Sequence, sequence_seed
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.formats.layout import PAGE_TOKENS
 from qserve.models.decoder import Decoder
-from qserve.models.loader import Activations, load_decoder
 from qserve.models.source import WeightSource, open_source
-
-UNQUANTIZED = QuantizationConfig(activation_bits=16, kv_bits=16)
-"""How a model is served whose config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +93,8 @@ class Engine:
     @classmethod
     def from_source(cls, source: WeightSource, config: EngineConfig) -> Engine:
         """As `load`, from a source that is already open."""
-        device = _resolve_device(config.device)
-        dtype = _resolve_dtype(config.dtype, source.config.dtype, device)
-        quantization = UNQUANTIZED
-        if source.quantization is not None:
-            quantization = QuantizationConfig.from_json(source.quantization)
-        activations: Activations = "int8" if quantization.activation_bits == 8 else "float"
-        decoder = load_decoder(source, dtype, device, activations)
-        return cls(decoder, source.tokenizer(), config, quantization)
+        loaded = load_model(source, config)
+        return cls(loaded.decoder, loaded.tokenizer, config, loaded.quantization)
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise RequestError, naming what is wrong, if the request could never be served."""
@@ -246,19 +236,3 @@ def _check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> No
             raise RequestError(
                 f"{name} holds {token_id!r}, which is not a token id below {vocab_size}"
             )
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is unknown") from error
-
-
-def _resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else stored
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
