@@ -1,6 +1,6 @@
 """Ops: contract, reference and launcher in one file each. The tensors' device chooses."""
 
-from qserve.kernels.attention import paged_attention
+from qserve.kernels.attention import paged_attention, paged_attention_quantize
 from qserve.kernels.fused import (
     quantize_per_token,
     rms_norm,
@@ -23,6 +23,7 @@ __all__ = [
     "PagedBatch",
     "PreparedWeight",
     "paged_attention",
+    "paged_attention_quantize",
     "prepare_weight",
     "quantize_per_token",
     "quantized_linear",

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qserve.formats.activation import QuantizedActivation
 from qserve.formats.kv import KVFormat, unpack_codes, unpack_scales
 from qserve.formats.layout import PAGE_TOKENS
+from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.op import FLOAT_DTYPES, Contract
 from qserve.kernels.paged import PagedBatch
 
@@ -52,6 +54,18 @@ def paged_attention(
         contexts = _Contexts.read(pool, batch, group.sequences, kv_format)
         out[group.rows] = contexts.attend(q[group.rows], scale, window).to(q.dtype)
     return out
+
+
+def paged_attention_quantize(
+    q: Tensor,
+    batch: PagedBatch,
+    pool: Tensor,
+    kv_format: KVFormat,
+    scale: float,
+    window: int | None = None,
+) -> QuantizedActivation:
+    """`paged_attention`, rounded to q's dtype, then per-token int8 of [T, Hq * D]."""
+    return quantize_per_token(paged_attention(q, batch, pool, kv_format, scale, window))
 
 
 @dataclass(frozen=True)

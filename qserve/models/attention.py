@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qserve.formats.activation import QuantizedActivation
 from qserve.formats.kv import KVFormat, quantize_kv
-from qserve.kernels.attention import paged_attention
+from qserve.kernels.attention import paged_attention, paged_attention_quantize
+from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.kv_append import apply_hadamard, apply_rope, rope_append
 from qserve.kernels.paged import PagedBatch
 from qserve.models.config import ModelConfig
@@ -38,25 +40,28 @@ class PagedAttention:
 
     def __call__(self, layer_index: int, qkv: Tensor) -> Tensor:
         """qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]."""
-        pool = self.pools[layer_index]
-        query = rope_append(
+        return paged_attention(self._append(layer_index, qkv), *self._context(layer_index))
+
+    def quantized(self, layer_index: int, qkv: Tensor) -> QuantizedActivation:
+        """As a call, the output quantized per token."""
+        return paged_attention_quantize(self._append(layer_index, qkv), *self._context(layer_index))
+
+    def _append(self, layer_index: int, qkv: Tensor) -> Tensor:
+        return rope_append(
             qkv,
             self.rope_table,
             self.batch,
-            pool,
+            self.pools[layer_index],
             self.kv_format,
             self.config.num_heads,
             self.hadamard,
             None if self.key_centers is None else self.key_centers[layer_index],
         )
-        return paged_attention(
-            query,
-            self.batch,
-            pool,
-            self.kv_format,
-            self.config.head_dim**-0.5,
-            self.config.sliding_window,
-        )
+
+    def _context(self, layer_index: int) -> tuple[PagedBatch, Tensor, KVFormat, float, int | None]:
+        """What attention reads, and how."""
+        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
+        return self.batch, self.pools[layer_index], self.kv_format, scale, window
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,10 @@ class DenseAttention:
         if self.observer is not None:
             self.observer(layer_index, query, key, value)
         return self._attend(query, self._stored(key), self._stored(value))
+
+    def quantized(self, layer_index: int, qkv: Tensor) -> QuantizedActivation:
+        """As a call, the output quantized per token."""
+        return quantize_per_token(self(layer_index, qkv))
 
     def _rope(self, heads: Tensor) -> Tensor:
         rows = self.rope_table[: self.length].repeat(len(heads) // self.length, 1)

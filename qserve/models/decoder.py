@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qserve.models.config import ModelConfig
-from qserve.models.layers import FloatLinear, Linear, RMSNorm
-
-Attend = Callable[[int, Tensor], Tensor]
-"""(layer index, qkv [T, (Hq + 2 Hkv) D], before RoPE) -> attention output [T, Hq D]."""
+from qserve.models.layers import Attend, FloatLinear, Linear, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class DecoderLayer:
         qkv, residual = self.qkv.after_norm(self.attention_norm, x, residual)
         if self.head_norm is not None:
             qkv = self.head_norm(qkv)
-        x = self.output(attend(layer_index, qkv))
+        x = self.output.after_attention(attend, layer_index, qkv)
         gate_up, residual = self.gate_up.after_norm(self.mlp_norm, x, residual)
         return self.down.after_silu_mul(gate_up), residual
 

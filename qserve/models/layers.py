@@ -1,7 +1,7 @@
 """What a decoder is made of. `Linear` is the one policy about precision.
 
 A `FloatLinear` multiplies tensors, a `QuantizedLinear` int8 activations; each asks whatever comes
-before it (a norm, the gated activation, or nothing) for the input it takes.
+before it (a norm, attention, the gated activation, or nothing) for the input it takes.
 """
 
 from __future__ import annotations
@@ -44,6 +44,16 @@ class RMSNorm:
         return rms_norm_quantize(x, self.weight, self.eps, residual)
 
 
+class Attend(Protocol):
+    """A step's attention, layer by layer; qkv [T, (Hq + 2 Hkv) D] is not rotated yet."""
+
+    def __call__(self, layer_index: int, qkv: Tensor) -> Tensor:
+        """[T, Hq D]."""
+
+    def quantized(self, layer_index: int, qkv: Tensor) -> QuantizedActivation:
+        """As a call, the output quantized per token."""
+
+
 class Linear(Protocol):
     """y = input @ weight.T + bias, by where the input comes from; y [M, N]."""
 
@@ -54,6 +64,9 @@ class Linear(Protocol):
         self, norm: RMSNorm, x: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The input is the norm of x + residual, which is returned beside y."""
+
+    def after_attention(self, attend: Attend, layer_index: int, qkv: Tensor) -> Tensor:
+        """The input is the layer's attention output, [M, K]."""
 
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
         """The input is silu(gate) * up of gate_up [M, 2K]."""
@@ -75,6 +88,9 @@ class FloatLinear:
         normed, residual = norm(x, residual)
         return self(normed), residual
 
+    def after_attention(self, attend: Attend, layer_index: int, qkv: Tensor) -> Tensor:
+        return self(attend(layer_index, qkv))
+
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
         return self(silu_mul(gate_up))
 
@@ -95,6 +111,9 @@ class QuantizedLinear:
     ) -> tuple[Tensor, Tensor]:
         normed, residual = norm.quantized(x, residual)
         return self._multiply(normed), residual
+
+    def after_attention(self, attend: Attend, layer_index: int, qkv: Tensor) -> Tensor:
+        return self._multiply(attend.quantized(layer_index, qkv))
 
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
         return self._multiply(silu_mul_quantize(gate_up))
