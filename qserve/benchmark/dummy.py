@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qserve.config import EngineConfig
+from qserve.engine.engine import Engine
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.names import layer_prefix, linear_shapes, tensor_shapes
 
-_BLOCK = 1 << 20
+_HOST_BLOCK = 1 << 20
+"""Random bytes a CPU draws for one tensor; it repeats them, which takes a copy's time."""
 
 
 class NoText:
@@ -30,22 +33,24 @@ class NoText:
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class DummySource:
     """A `WeightSource` of random weights, 4-bit linears unless `group_size` is None.
 
-    The weights' scale keeps activations of unit size, so that no step meets infinities.
+    The weights' scale keeps activations of unit size, so that no step meets infinities. They are
+    drawn on `device`.
     """
 
     hf_config: dict[str, Any]
     group_size: int | None = 128
+    device: str = "cpu"
 
     @classmethod
-    def read(cls, config: Path, group_size: int | None) -> DummySource:
+    def read(cls, config: Path, group_size: int | None, device: str = "cpu") -> DummySource:
         """From a config.json, or the directory that holds one."""
         path = config / "config.json" if config.is_dir() else config
         try:
-            return cls(json.loads(path.read_text()), group_size)
+            return cls(json.loads(path.read_text()), group_size, device)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {path}: {error}") from error
 
@@ -68,18 +73,18 @@ class DummySource:
         shape = self._shapes[name]
         match name.rpartition(".")[2]:
             case "qweight":
-                return _bytes(shape)
+                return self._bytes(shape)
             case "s1_scales":
-                return torch.full(shape, self._level_1_scale(name), dtype=torch.float16)
+                return self._full(shape, self._level_1_scale(name), torch.float16)
             case "s1_szeros":
-                return torch.full(shape, 8 * self._level_1_scale(name), dtype=torch.float16)
+                return self._full(shape, 8 * self._level_1_scale(name), torch.float16)
             case "s2_scales":
-                return torch.full(shape, 8, dtype=torch.int8)
+                return self._full(shape, 8, torch.int8)
             case "s2_zeros":
-                return torch.full(shape, -64, dtype=torch.int8)
+                return self._full(shape, -64, torch.int8)
         if len(shape) == 1:
-            return torch.full(shape, float("norm" in name), dtype=self.config.dtype)
-        return _bytes(shape).to(self.config.dtype) / (74 * math.sqrt(shape[1]))
+            return self._full(shape, float("norm" in name), self.config.dtype)
+        return self._bytes(shape).to(self.config.dtype).div_(74 * math.sqrt(shape[1]))
 
     def tokenizer(self) -> NoText:
         return NoText()
@@ -113,9 +118,18 @@ class DummySource:
         step = 1 if self.group_size == -1 else 8
         return 1 / (4.6 * step * math.sqrt(columns))
 
+    def _full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=self.device)
 
-def _bytes(shape: tuple[int, ...]) -> Tensor:
-    """Random int8; large tensors repeat one block, which takes a copy's time."""
-    size = int(torch.Size(shape).numel())
-    block = torch.randint(-128, 128, (min(size, _BLOCK),), dtype=torch.int8)
-    return block.repeat(-(-size // _BLOCK))[:size].reshape(shape)
+    def _bytes(self, shape: tuple[int, ...]) -> Tensor:
+        """Random int8."""
+        size = math.prod(shape)
+        drawn = min(size, _HOST_BLOCK) if self.device == "cpu" else size
+        block = torch.randint(-128, 128, (drawn,), dtype=torch.int8, device=self.device)
+        return block.repeat(-(-size // drawn))[:size].reshape(shape)
+
+
+def dummy_engine(model: Path, group_size: int, config: EngineConfig) -> Engine:
+    """An engine of random weights, from a config.json or the directory that holds one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Engine.from_source(DummySource.read(model, group_size, device), config)

@@ -3,37 +3,82 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from qserve.cli.model import load_engine
-from qserve.cli.options import KVBits, Model, Precision, bits_of
+from qserve.cli.options import KVBits, Precision, bits_of
+from qserve.config import EngineConfig
 
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 kernels = typer.Typer(help="The CUDA kernels.", no_args_is_help=True)
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
 @bench.command()
 def throughput(
-    model: Model,
-    requests: Annotated[int, typer.Option(help="Requests, all at once.", min=1)] = 64,
+    model: Annotated[
+        str | None, typer.Argument(help="A model, unless --config names one.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A config.json, or its directory, for --dummy-weights.")
+    ] = None,
+    dummy_weights: Annotated[
+        bool, typer.Option("--dummy-weights", help="Random weights: config.json suffices.")
+    ] = False,
+    group_size: Annotated[
+        Literal["-1", "64", "128"], typer.Option(help="Of dummy weights; -1: a scale per channel.")
+    ] = "128",
+    num_requests: Annotated[int, typer.Option(help="Requests, all at once.", min=1)] = 64,
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 1024,
     output_len: Annotated[int, typer.Option(help="Tokens generated for each.", min=1)] = 512,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Requests that run together; all of them by default.", min=1)
+    ] = None,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Also where a decode step's time goes, by kernel.")
+    ] = False,
     precision: Precision = None,
     kv: KVBits = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Tokens per second offline, prefill included, with random prompts."""
+    import torch
+
+    from qserve.benchmark.breakdown import bench_breakdown
+    from qserve.benchmark.dummy import dummy_engine
     from qserve.benchmark.throughput import bench_throughput
 
-    engine = load_engine(model, precision, bits_of(kv))
-    result = bench_throughput(engine, requests, input_len, output_len).to_json()
-    if as_json:
-        print(json.dumps(result))
+    if (model is None) == (config is None) or dummy_weights != (config is not None):
+        raise typer.BadParameter("give either MODEL, or --config with --dummy-weights")
+    if breakdown and (config is None or not torch.cuda.is_available()):
+        raise typer.BadParameter("--breakdown is for --dummy-weights on a GPU")
+    limits = EngineConfig(
+        max_num_sequences=max_batch or num_requests,
+        max_batched_tokens=max(max_batch or num_requests, EngineConfig.max_batched_tokens),
+        max_model_len=input_len + output_len,
+        kv_bits=bits_of(kv),
+    )
+    if config is None:
+        engine = load_engine(str(model), precision, limits)
     else:
-        for name, value in result.items():
-            print(f"{name.replace('_', ' '):28} {value:,.6g}")
+        engine = dummy_engine(config, int(group_size), limits)
+    result = bench_throughput(engine, num_requests, input_len, output_len)
+    parts = None
+    if breakdown:
+        context = input_len + output_len // 2
+        parts = bench_breakdown(engine, int(group_size), result.largest_batch, context)
+    if as_json:
+        print(json.dumps(result.to_json() | ({"breakdown": parts.to_json()} if parts else {})))
+        return
+    for name, value in result.to_json().items():
+        print(f"{name.replace('_', ' '):28} {value:,.6g}")
+    if parts:
+        print(parts)
 
 
 @bench.command("kernels")

@@ -13,7 +13,7 @@ import qserve
 from qserve.cli.bench import bench, kernels
 from qserve.cli.model import DEFAULT_RECIPE, display_name, load_engine, quantize_model
 from qserve.cli.options import KVBits, Model, Precision, bits_of
-from qserve.config import ServerConfig
+from qserve.config import EngineConfig, ServerConfig
 
 app = typer.Typer(
     help="W4A8KV4 quantization and serving of language models.",
@@ -88,7 +88,7 @@ def generate(
     from qserve.engine.text import encode
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    engine = load_engine(model, precision, bits_of(kv))
+    engine = load_engine(model, precision, EngineConfig(kv_bits=bits_of(kv)))
     engine.add_request("0", encode(engine.tokenizer, prompt), params)
     while engine.has_unfinished:
         for output in engine.step():
@@ -104,7 +104,7 @@ def serve(
     precision: Precision = None,
     kv: KVBits = None,
     max_requests: Annotated[
-        int, typer.Option(help="Prompts held at a time; more are refused with 429.")
+        int, typer.Option(help="Sequences held at a time; more are refused with 429.")
     ] = SERVER.max_requests,
     max_body_bytes: Annotated[
         int, typer.Option(help="Longest body; a longer one is refused with 413.")
@@ -141,7 +141,7 @@ def serve(
     )
     check_tls(config)
     with bound_socket(config) as listener:
-        engine = load_engine(model, precision, bits_of(kv))
+        engine = load_engine(model, precision, EngineConfig(kv_bits=bits_of(kv)))
         run_server(engine, engine.tokenizer, display_name(model), listener, config)
 
 
@@ -167,7 +167,9 @@ def chat(
         fields = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         reply = server_reply(model, fields)
     else:
-        reply = engine_reply(load_engine(model, precision, bits_of(kv)), params)
+        reply = engine_reply(
+            load_engine(model, precision, EngineConfig(kv_bits=bits_of(kv))), params
+        )
     converse(reply, system)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 console = Console(stderr=True, soft_wrap=True)
 
 
-def load_engine(model: str, precision: str | None, kv_bits: int | None) -> Engine:
+def load_engine(model: str, precision: str | None, config: EngineConfig) -> Engine:
     """The engine for a checkpoint as it is, or for an unquantized model.
 
     The latter runs in `precision` if one is given; else it is quantized, once, into the cache.
@@ -34,10 +35,10 @@ def load_engine(model: str, precision: str | None, kv_bits: int | None) -> Engin
     source = open_source(model)
     if precision is None:
         quantized = model if source.quantization else str(quantized_copy(model, source))
-        return Engine.load(quantized, EngineConfig(kv_bits=kv_bits))
+        return Engine.load(quantized, config)
     if source.quantization:
         raise ConfigError(f"--precision is for unquantized models, and {model} is quantized")
-    return Engine.load(model, EngineConfig(kv_bits=kv_bits, dtype=PRECISIONS[precision]))
+    return Engine.load(model, replace(config, dtype=PRECISIONS[precision]))
 
 
 def quantized_copy(model: str, source: WeightSource) -> Path:
