@@ -68,8 +68,8 @@ class ServerConfig:
     """Where the server listens, whom it answers, and how much it takes on.
 
     port: 0 is any free one.
-    max_requests: prompts held at a time, running and waiting together; more are refused until some
-        are finished.
+    max_requests: sequences (prompts times `n`) held at a time, running and waiting together; more
+        are refused until some are finished.
     max_body_bytes: longest body of a request.
     request_timeout: seconds from a request's admission to its last token; None is any number.
     api_keys: what clients must show one of to generate text; none: nothing is asked of them.

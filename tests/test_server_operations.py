@@ -100,7 +100,19 @@ def test_more_prompts_than_are_ever_taken_on() -> None:
     with serving(stub_engine(), max_requests=3) as http:
         assert http.post("/v1/completions", json={"prompt": ["x"] * 3}).status_code == 200
         error = refusal(http.post("/v1/completions", json={"prompt": ["x"] * 4}), 400)
-        assert error["param"] == "prompt" and "4 prompts" in error["message"]
+        assert error["param"] == "prompt" and "4 sequences" in error["message"]
+
+
+@endpoints
+def test_choices_count_as_requests(path: str) -> None:
+    with serving(slow_engine(), max_requests=4) as http:
+        assert http.post(path, json={**ENDPOINTS[path], "n": 4, "max_tokens": 2}).status_code == 200
+        error = refusal(http.post(path, json={**ENDPOINTS[path], "n": 5}), 400)
+        assert error["param"] == "n" and "5 sequences" in error["message"]
+        with endless_stream(http):
+            refusal(http.post(path, json={**ENDPOINTS[path], "n": 4}), 429)
+            answer = http.post(path, json={**ENDPOINTS[path], "n": 3, "max_tokens": 2})
+            assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The HTTP application: the OpenAI API over an AsyncEngine."""
+"""The HTTP application: the OpenAI API over an SharedEngine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 import qserve
 from qserve.config import ServerConfig
-from qserve.server.async_engine import AsyncEngine
 from qserve.server.errors import APIError, error_answers, install_error_handlers
 from qserve.server.generation import GenerationService
 from qserve.server.metrics import Metrics
 from qserve.server.middleware import REQUEST_ID_HEADER, ApiKeys, BodyLimit, RequestContext
 from qserve.server.protocol import ChatCompletion, Completion, ModelCard, ModelList
+from qserve.server.shared_engine import ServingError, SharedEngine
 from qserve.server.text import TextCodec
 from qserve.server.tokens import TokenService
 
@@ -35,12 +35,12 @@ _DEFAULT = ServerConfig()
 
 
 def create_app(
-    engine: AsyncEngine,
+    engine: SharedEngine,
     tokenizer: PreTrainedTokenizerBase,
     model_name: str,
     config: ServerConfig = _DEFAULT,
 ) -> FastAPI:
-    """The application; it starts the engine's thread when it starts and ends it when it ends."""
+    """The application; it starts the engine when it starts and ends it when it ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,7 +115,7 @@ def _add_page(app: FastAPI) -> None:
 class _Status:
     """The endpoints that say what the server is and how it does."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, model_name: str) -> None:
+    def __init__(self, engine: SharedEngine, metrics: Metrics, model_name: str) -> None:
         self._engine = engine
         self._metrics = metrics
         self._card = ModelCard(id=model_name, created=int(time.time()))
@@ -125,16 +125,18 @@ class _Status:
         return ModelList(data=[self._card])
 
     async def health(self) -> dict[str, str]:
-        """Liveness: 200 while the engine works, 503 with its error once it has failed."""
+        """Liveness: 200 while the engine works, 503 with its error once it has failed for good."""
         if self._engine.failure is not None:
             raise APIError(503, f"the engine has failed: {self._engine.failure}")
         return {"status": "ok"}
 
     async def ready(self) -> dict[str, str]:
-        """Readiness: 200 while requests are taken on, 503 from the moment the server drains."""
-        if self._engine.is_draining:
-            raise APIError(503, "the server is shutting down")
-        return await self.health()
+        """Readiness: 200 while requests are taken on, else 503 and the reason."""
+        try:
+            self._engine.check_ready()
+        except ServingError as error:
+            raise APIError(503, str(error)) from error
+        return {"status": "ok"}
 
     async def metrics(self) -> Response:
         """Metrics for Prometheus."""

@@ -13,12 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from qserve.engine.request import RequestError
-from qserve.server.async_engine import (
-    DrainingError,
+from qserve.server.shared_engine import (
     EngineFailedError,
     QueueFullError,
     RequestTimeoutError,
     ServingError,
+    UnavailableError,
 )
 
 CLIENT_CLOSED_REQUEST = 499
@@ -64,7 +64,7 @@ _KINDS = {
 _STATUS = {
     QueueFullError: 429,
     EngineFailedError: 500,
-    DrainingError: 503,
+    UnavailableError: 503,
     RequestTimeoutError: 504,
 }
 _PASSING = (429, 503)

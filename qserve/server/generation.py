@@ -10,11 +10,11 @@ from pydantic import BaseModel
 
 from qserve.engine.request import RequestOutput
 from qserve.server.answer import Answer, ChatAnswer, CompletionAnswer, Span
-from qserve.server.async_engine import AsyncEngine, OutputStream, ServingError
 from qserve.server.errors import as_api_error, check_model
 from qserve.server.metrics import Metrics, Stopwatch
 from qserve.server.middleware import RequestRecord
 from qserve.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from qserve.server.shared_engine import OutputStream, ServingError, SharedEngine
 from qserve.server.streaming import EventStream, event, while_connected
 from qserve.server.text import TextCodec
 
@@ -24,7 +24,7 @@ class GenerationService:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: SharedEngine,
         codec: TextCodec,
         metrics: Metrics,
         model_name: str,
@@ -54,7 +54,7 @@ class GenerationService:
     def _check_acceptable(self, body: GenerationRequest, num_prompts: int) -> None:
         """Refuse, before any work, what would be refused after it."""
         check_model(body.model, self._model)
-        self._engine.check_room(num_prompts)
+        self._engine.check_room(num_prompts, body.n or 1)
 
     async def _respond(
         self,

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from qserve.engine.engine import EngineStats
 from qserve.engine.request import RequestOutput
-from qserve.server.async_engine import AsyncEngine, StepTotals
+from qserve.server.shared_engine import SharedEngine, StepTotals
 
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -42,7 +42,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
 class _EngineCollector:
     """Reads the engine's state when it is asked for."""
 
-    def __init__(self, engine: AsyncEngine, model: str) -> None:
+    def __init__(self, engine: SharedEngine, model: str) -> None:
         self._engine = engine
         self._model = model
 
@@ -64,7 +64,7 @@ class _EngineCollector:
 class Metrics:
     """The metrics of one server, in a registry of their own."""
 
-    def __init__(self, engine: AsyncEngine, model: str) -> None:
+    def __init__(self, engine: SharedEngine, model: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, model))
         self._model = model
