@@ -17,7 +17,7 @@ from qserve.config import EngineConfig
 from qserve.engine.engine import Engine
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.models.config import ModelConfig, ModelError
-from qserve.models.names import layer_prefix, linear_shapes, tensor_shapes
+from qserve.models.names import KEY_CENTER, layer_prefix, linear_shapes, tensor_shapes
 
 _HOST_BLOCK = 1 << 20
 """Random bytes a CPU draws for one tensor; it repeats them, which takes a copy's time."""
@@ -35,18 +35,19 @@ class NoText:
 
 @dataclass
 class DummySource:
-    """A `WeightSource` of random weights, 4-bit linears unless `group_size` is None.
+    """A `WeightSource` of random weights, quantized as by the default recipe: 4-bit linears, and keys
+    that are centered and rotated.
 
     The weights' scale keeps activations of unit size, so that no step meets infinities. They are
     drawn on `device`.
     """
 
     hf_config: dict[str, Any]
-    group_size: int | None = 128
+    group_size: int = 128
     device: str = "cpu"
 
     @classmethod
-    def read(cls, config: Path, group_size: int | None, device: str = "cpu") -> DummySource:
+    def read(cls, config: Path, group_size: int, device: str = "cpu") -> DummySource:
         """From a config.json, or the directory that holds one."""
         path = config / "config.json" if config.is_dir() else config
         try:
@@ -59,10 +60,9 @@ class DummySource:
         return ModelConfig.from_hf(self.hf_config)
 
     @property
-    def quantization(self) -> dict[str, Any] | None:
-        if self.group_size is None:
-            return None
-        return QuantizationConfig(group_size=self.group_size).to_json()
+    def quantization(self) -> dict[str, Any]:
+        config = QuantizationConfig(group_size=self.group_size, k_hadamard=True, k_center=True)
+        return config.to_json()
 
     def names(self) -> set[str]:
         return set(self._shapes)
@@ -95,9 +95,9 @@ class DummySource:
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = dict(tensor_shapes(self.config))
-        if self.group_size is None:
-            return shapes
         for index in range(self.config.num_layers):
+            center = (self.config.num_kv_heads, self.config.head_dim)
+            shapes[layer_prefix(index) + KEY_CENTER] = center
             for part, (rows, columns) in linear_shapes(self.config).items():
                 linear = layer_prefix(index) + part
                 del shapes[f"{linear}.weight"]
