@@ -16,9 +16,12 @@ import pytest
 import qserve
 from qserve.cli import main
 from qserve.cli.model import cache_directory
+from qserve.config import EngineConfig
 from qserve.engine.llm import LLM
+from qserve.engine.loading import load_model
 from qserve.engine.request import SamplingParams
 from qserve.evaluation.perplexity import measure_perplexity
+from qserve.models.source import open_source
 from qserve.testing.tiny import save_tiny_model, tiny_config
 
 Captured = pytest.CaptureFixture[str]
@@ -158,7 +161,8 @@ def test_perplexity_as_json(capsys: Captured, model: Path, text: Path) -> None:
     output = capsys.readouterr()
     result = json.loads(output.out)
     assert output.err == "" and result["tokens"] == 147 and result["seconds"] > 0
-    expected = measure_perplexity(LLM(model, max_num_sequences=3), text.read_text(), 50, 3)
+    loaded = load_model(open_source(str(model)), EngineConfig())
+    expected = measure_perplexity(loaded, text.read_text(), 50, 3)
     assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-9)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +9,7 @@ import typer
 
 import qserve
 from qserve.cli.bench import bench, kernels
+from qserve.cli.evaluate import evaluate
 from qserve.cli.model import DEFAULT_RECIPE, display_name, load_engine, quantize_model
 from qserve.cli.options import KVBits, Model, Precision, bits_of
 from qserve.config import EngineConfig, ServerConfig
@@ -22,7 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-evaluate = typer.Typer(help="Measure a model.", no_args_is_help=True)
 for group, name in ((evaluate, "evaluate"), (bench, "bench"), (kernels, "kernels")):
     app.add_typer(group, name=name)
 
@@ -171,35 +169,3 @@ def chat(
             load_engine(model, precision, EngineConfig(kv_bits=bits_of(kv))), params
         )
     converse(reply, system)
-
-
-@evaluate.command()
-def perplexity(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="A file of UTF-8 text.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-    max_windows: Annotated[int | None, typer.Option(help="Windows at most.", min=1)] = None,
-    kv: KVBits = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Perplexity of a model, quantized or not, on the code path that serves it."""
-    content = _read_text(text)
-    from qserve.engine.llm import LLM
-    from qserve.evaluation.perplexity import measure_perplexity
-
-    llm = LLM(model, kv_bits=bits_of(kv))
-    result = measure_perplexity(llm, content, seq_len, max_windows, progress=not as_json)
-    if as_json:
-        print(json.dumps(asdict(result)))
-    else:
-        print(
-            f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} "
-            f"windows, {result.seconds:.1f} s"
-        )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qserve.engine.llm import LLM
-from qserve.engine.request import SamplingParams
-from qserve.engine.text import encode
+from qserve.engine.loading import LoadedModel
+from qserve.evaluation.sequences import SequenceScorer
+from qserve.evaluation.text import text_windows
+
+WINDOW_LENGTH = 2048
+"""Tokens of a window, as is customary."""
 
 
 @dataclass(frozen=True)
@@ -23,37 +25,20 @@ class Perplexity:
 
 
 def measure_perplexity(
-    llm: LLM,
+    model: LoadedModel,
     text: str,
-    window_length: int = 1024,
+    window_length: int = WINDOW_LENGTH,
     max_windows: int | None = None,
     progress: bool = False,
 ) -> Perplexity:
     """exp of the mean negative log-likelihood of a text's tokens, each window on its own.
 
-    The text is tokenized once, as prompts are, and cut into windows of `window_length` tokens
-    without overlap, of which the first `max_windows` count; a rest that fills no window is dropped.
-    Every token is scored but each window's first. Raises ValueError if there is no window, and
-    RequestError if a window does not fit the model.
+    Windows are those of `text_windows`; every token is scored but each window's first. Raises
+    ValueError if there is no window or a window exceeds the model's positions.
     """
-    windows = _windows(encode(llm.engine.tokenizer, text), window_length, max_windows)
+    windows = text_windows(model.tokenizer, text, window_length, max_windows)
     start = time.perf_counter()
-    scoring = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    generations = llm.generate(windows, scoring, progress=progress)
-    logprobs = [
-        entry.logprob
-        for generation in generations
-        for entry in generation.prompt_logprobs or ()
-        if entry
-    ]
+    scores = SequenceScorer(model).score(windows, progress)
+    logprobs = [logprob for score in scores for logprob in score.logprobs.tolist()]
     mean = math.fsum(logprobs) / len(logprobs)
     return Perplexity(math.exp(-mean), len(logprobs), len(windows), time.perf_counter() - start)
-
-
-def _windows(token_ids: Sequence[int], length: int, max_windows: int | None) -> list[list[int]]:
-    if length < 2:
-        raise ValueError(f"a window must have at least 2 tokens, got {length}")
-    starts = range(0, len(token_ids) - length + 1, length)[:max_windows]
-    if not starts:
-        raise ValueError(f"the text has {len(token_ids)} tokens, less than one window of {length}")
-    return [list(token_ids[start : start + length]) for start in starts]

@@ -1,0 +1,77 @@
+"""Commands that measure a model's quality, on the code path that serves it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qserve.cli.options import KVBits, Model, bits_of
+from qserve.config import ConfigError, EngineConfig
+
+if TYPE_CHECKING:
+    from qserve.engine.loading import LoadedModel
+
+evaluate = typer.Typer(help="Measure a model.", no_args_is_help=True)
+
+ActivationBits = Annotated[
+    Literal["8", "16"] | None,
+    typer.Option("--activations", help="Bits of activations, instead of the checkpoint's own."),
+]
+Device = Annotated[str, typer.Option(help="Such as cpu or cuda; auto: the GPU if there is one.")]
+Text = Annotated[Path | None, typer.Option(help="A file of UTF-8 text.")]
+Dataset = Annotated[
+    str | None, typer.Option(help="wikitext2: its test split, from the hub or its cache.")
+]
+SeqLen = Annotated[int, typer.Option(help="Tokens of a window.")]
+MaxWindows = Annotated[int | None, typer.Option(help="Windows at most.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@evaluate.command()
+def perplexity(
+    model: Model,
+    text: Text = None,
+    dataset: Dataset = None,
+    seq_len: SeqLen = 2048,
+    max_windows: MaxWindows = None,
+    kv: KVBits = None,
+    activations: ActivationBits = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of a model, quantized or not, on a text or a data set."""
+    content = _content(text, dataset)
+    from qserve.evaluation.perplexity import measure_perplexity
+
+    loaded = _load(model, kv, activations, device)
+    result = measure_perplexity(loaded, content, seq_len, max_windows, progress=not as_json)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in {result.windows} "
+            f"windows, {result.seconds:.1f} s"
+        )
+
+
+def _load(model: str, kv: str | None, activations: str | None, device: str) -> LoadedModel:
+    from qserve.engine.loading import load_model
+    from qserve.models.source import open_source
+
+    config = EngineConfig(kv_bits=bits_of(kv), activation_bits=bits_of(activations), device=device)
+    return load_model(open_source(model), config)
+
+
+def _content(text: Path | None, dataset: str | None) -> str:
+    """What `--text` or `--dataset` holds."""
+    from qserve.evaluation.text import dataset_text, read_text
+
+    if text is not None and dataset is None:
+        return read_text(text)
+    if dataset is not None and text is None:
+        return dataset_text(dataset)
+    raise ConfigError("give either --text or --dataset")
