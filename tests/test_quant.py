@@ -218,7 +218,7 @@ def test_full_propagation_is_least_squares() -> None:
     weight, _ = _problem(1)
     exact = torch.randn(400, 128, dtype=torch.float64)
     served = exact + 0.3 * torch.randn(400, 128, dtype=torch.float64)
-    moments = Moments.of([exact], [served], [None])
+    moments = Moments.of([(exact, served, None)])
     fitted = propagated(weight.double(), moments, moments.hessian, 1.0)
     expected = torch.linalg.lstsq(served, exact @ weight.double().T).solution.T
     assert torch.allclose(fitted, expected, atol=1e-8)
@@ -228,9 +228,9 @@ def test_full_propagation_is_least_squares() -> None:
 def test_moments_count_tokens_by_the_residual_they_are_added_to() -> None:
     x = torch.randn(6, 64)
     residual = torch.full((6, 8), 2.0)
-    weighted = Moments.of([x[:3], x[3:]], [x[:3], x[3:]], [residual[:3], residual[3:]])
+    weighted = Moments.of([(x[:3], x[:3], residual[:3]), (x[3:], x[3:], residual[3:])])
     assert torch.allclose(weighted.hessian, (x.T @ x).double() / 4, atol=1e-5)
-    assert not weighted.cross.any()
+    assert weighted.cross is not None and not weighted.cross.any()
 
 
 @pytest.mark.parametrize("group_size", [-1, 64, 128])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -105,13 +105,19 @@ def layer_steps(
     """One layer on x [T, H], pausing at each of `FUSED_LINEARS`, whose output it is to be sent.
 
     Yields the linear's input, and the residual stream that its output is added to (None where a
-    norm made the input). attend: qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]. Returns [T, H].
+    norm made the input). attend: qkv [T, (Hq + 2 Hkv) D] -> [T, Hq D]. Returns [T, H]. All of this
+    is where x is, the host perhaps; only what is computed next is brought to the layer's device.
     """
-    qkv = yield _norm(layer, names.ATTENTION_NORM, config, x), None
-    x = x + (yield attend(head_norm(layer, config, qkv)), x)
-    gate_up = yield _norm(layer, names.MLP_NORM, config, x), None
+    home, device = x.device, layer[names.ATTENTION_NORM].device
+    qkv = yield _norm(layer, names.ATTENTION_NORM, config, x.to(device)).to(home), None
+    attended = attend(head_norm(layer, config, qkv)).to(home)
+    del qkv  # what a paused layer holds stays in memory for every batch
+    x = ((yield attended, x) + x.to(device)).to(home)
+    gate_up = yield _norm(layer, names.MLP_NORM, config, x.to(device)).to(home), None
     gate, up = gate_up.chunk(2, dim=-1)
-    return x + (yield functional.silu(gate) * up, x)
+    activated = (functional.silu(gate) * up).to(home)
+    del gate_up, gate, up, attended
+    return ((yield activated, x) + x.to(device)).to(home)
 
 
 def _norm(layer: Layer, name: str, config: ModelConfig, x: Tensor) -> Tensor:
@@ -153,11 +159,12 @@ class PausedLayer:
         """What the paused linear's output of each batch is added to, [T, H] or None."""
         return [residual for _, residual in self.pauses]
 
-    def resume(self, outputs: Sequence[Tensor]) -> None:
+    def resume(self, outputs: Iterable[Tensor]) -> None:
         """Send each batch its linear's output; after the last linear, fill `outputs`."""
-        self.pauses = []
+        pauses = []
         for steps, output in zip(self._steps, outputs, strict=True):
             try:
-                self.pauses.append(steps.send(output))
+                pauses.append(steps.send(output))
             except StopIteration as done:
                 self.outputs.append(done.value)
+        self.pauses = pauses

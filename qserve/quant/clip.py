@@ -1,9 +1,14 @@
-"""Where to put a weight's grid: the spans that lose least, each input weighted by how loud it is."""
+"""Where to put a weight's grid: the spans that lose least, by what they do to a linear's output.
+
+The loss of a group is E M E^T, E its rounding error and M the second moment of its inputs: whole, or
+its diagonal alone, which is cheaper and leaves the rest to GPTQ. QoQ (arXiv 2405.04532) clips
+queries and keys by what they do to attention's output instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,47 +16,96 @@ from torch import Tensor
 from qserve.formats.layout import CODE_MAX, PROTECTIVE_RANGE
 from qserve.formats.weight import ChannelGrid, GroupGrid, WeightGrid, fit_grid
 
-_CLIP_RATIOS = tuple(1 - step / 100 for step in range(0, 60, 2))
+CLIP_RATIOS = tuple(1 - step / 100 for step in range(0, 60, 2))
 _SCALE_STEPS = (1, 0, -1, -2, -3, -4)
-_ROW_BLOCK = 2**18
+_ROW_BLOCK = {"cpu": 2**18, "cuda": 2**24}
+"""Weights searched at once: few enough for a CPU's cache, many enough for a GPU's launches."""
 
 
-def search_grid(weight: Tensor, group_size: int, importance: Tensor) -> WeightGrid:
-    """The grid of weight [N, K] that loses least, importance [K] being the inputs' mean squares."""
+def search_grid(weight: Tensor, group_size: int, moments: Tensor) -> WeightGrid:
+    """The grid of weight [N, K] that loses least.
+
+    moments: of the inputs, [K] mean squares or [K, K], whose blocks on the diagonal count per group.
+    """
     if group_size == -1:
-        return _search_ratio(weight, importance)
-    rows = max(1, _ROW_BLOCK // weight.shape[1])
-    grids = [_search_groups(block, group_size, importance) for block in weight.split(rows)]
-    return GroupGrid(
-        torch.cat([grid.scale for grid in grids]),
-        torch.cat([grid.group_scale for grid in grids]),
-        torch.cat([grid.group_zero for grid in grids]),
-        group_size,
+        return _search_ratio(weight, moments)
+    metric = _by_group(moments, group_size)
+    rows = max(1, _ROW_BLOCK[weight.device.type] // weight.shape[1])
+    return join_grids([_search_groups(block, group_size, metric) for block in weight.split(rows)])
+
+
+def search_head_ratio(
+    weight: Tensor, group_size: int, heads: int, loss: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """By which ratio [heads] to shrink the rows of each head of weight [N, K].
+
+    loss: of attention's output, [heads], given the weight rounded to the nearest codes.
+    """
+    best = torch.ones(heads, device=weight.device)
+    lowest = torch.full_like(best, torch.inf)
+    for ratio in CLIP_RATIOS:
+        grid = fit_grid(weight, group_size, ratio)
+        found = loss(grid.dequantize(grid.quantize(weight)))
+        best = torch.where(found < lowest, ratio, best)
+        lowest = torch.minimum(found, lowest)
+    return best
+
+
+def join_grids(grids: Sequence[WeightGrid]) -> WeightGrid:
+    """One grid of all the rows."""
+    names = _tensors(grids[0])
+    return replace(
+        grids[0], **{name: torch.cat([_tensors(grid)[name] for grid in grids]) for name in names}
     )
 
 
-def _search_ratio(weight: Tensor, importance: Tensor) -> ChannelGrid:
+def split_grid(grid: WeightGrid, sizes: Sequence[int]) -> list[WeightGrid]:
+    """A grid's rows, as grids of so many each."""
+    pieces = zip(*(tensor.split(list(sizes)) for tensor in _tensors(grid).values()), strict=True)
+    return [replace(grid, **dict(zip(_tensors(grid), piece, strict=True))) for piece in pieces]
+
+
+def _tensors(grid: WeightGrid) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(grid).items() if isinstance(value, Tensor)}
+
+
+def _by_group(moments: Tensor, group_size: int) -> Tensor:
+    """[K/g, g] of [K], [K/g, g, g] of [K, K]."""
+    if moments.dim() == 1:
+        return moments.unflatten(0, (-1, group_size))
+    blocks = moments.unflatten(0, (-1, group_size)).unflatten(2, (-1, group_size))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _weighted_square(error: Tensor, metric: Tensor) -> Tensor:
+    """[N, G]: the loss of error [N, G, g] by metric [G, g] or [G, g, g]."""
+    if metric.dim() == 2:
+        return (error.square_() * metric).sum(dim=-1)
+    return (torch.einsum("ngi,gij->ngj", error, metric) * error).sum(dim=-1)
+
+
+def _search_ratio(weight: Tensor, moments: Tensor) -> ChannelGrid:
     """The best common ratio by which each row's range is shrunk."""
     best = torch.ones(len(weight), device=weight.device)
     lowest = torch.full_like(best, torch.inf)
-    for ratio in _CLIP_RATIOS:
+    for ratio in CLIP_RATIOS:
         grid = ChannelGrid.fit(weight, ratio)
-        loss = (grid.dequantize(grid.quantize(weight)) - weight).square() @ importance
+        error = grid.dequantize(grid.quantize(weight)) - weight
+        loss = _weighted_square(error[:, None], moments[None])[:, 0]
         best = torch.where(loss < lowest, ratio, best)
         lowest = torch.minimum(loss, lowest)
     return ChannelGrid.fit(weight, best)
 
 
-def _search_groups(weight: Tensor, group_size: int, importance: Tensor) -> GroupGrid:
+def _search_groups(weight: Tensor, group_size: int, metric: Tensor) -> GroupGrid:
     """The best level-2 scale and zero of each group, level 1 spanning the row."""
     grid = fit_grid(weight, group_size)
     assert isinstance(grid, GroupGrid)
     level1 = (weight / grid.scale.float()[:, None]).unflatten(1, (-1, group_size))
-    loudness = importance.reshape(-1, group_size)
     best = _Candidate(torch.ones_like(level1[..., 0]), torch.zeros_like(level1[..., 0]))
     lowest = torch.full_like(level1[..., 0], torch.inf)
     for candidate in _candidates(level1):
-        loss = candidate.loss(level1, loudness)
+        loss = candidate.loss(level1, metric)
         better = loss < lowest
         best = best.replaced(better, candidate)
         lowest = torch.minimum(loss, lowest)
@@ -65,14 +119,13 @@ class _Candidate:
     scale: Tensor
     zero: Tensor
 
-    def loss(self, level1: Tensor, loudness: Tensor) -> Tensor:
-        """[N, K/g]: the weighted squared error of rounding level1 [N, K/g, g]; infinite if not valid."""
+    def loss(self, level1: Tensor, metric: Tensor) -> Tensor:
+        """[N, K/g]: what rounding level1 [N, K/g, g] loses; infinite if not valid."""
         scale, zero = self.scale[..., None], self.zero[..., None]
         top = torch.floor(127 / self.scale + self.zero).clamp_(max=CODE_MAX)[..., None]
         codes = torch.round(level1 / scale + zero).clamp_(min=0).minimum(top)
         error = codes.sub_(zero).mul_(scale).sub_(level1)
-        loss = (error.square_() * loudness).sum(dim=-1)
-        return loss.masked_fill(self.zero * self.scale > 127, torch.inf)
+        return _weighted_square(error, metric).masked_fill(self.zero * self.scale > 127, torch.inf)
 
     def replaced(self, where: Tensor, other: _Candidate) -> _Candidate:
         return _Candidate(

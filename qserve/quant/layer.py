@@ -3,7 +3,7 @@ model will give it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qserve.formats.activation import quantize_activation
-from qserve.formats.weight import QuantizedWeight, W8Weight, WeightGrid, fit_grid
+from qserve.formats.weight import QuantizedWeight, W8Weight
 from qserve.models import names
 from qserve.models.attention import DenseAttention
 from qserve.models.config import ModelConfig
@@ -25,16 +25,16 @@ from qserve.quant.calibrate import (
     fused_weight,
     head_norm,
 )
-from qserve.quant.clip import search_grid
+from qserve.quant.clip import search_head_ratio
+from qserve.quant.linear import LinearQuantizer
 from qserve.quant.recipe import Recipe
-from qserve.quant.rounding import Moments, damped, gptq, no_worse, propagated
-from qserve.quant.smooth import Statistics
+from qserve.quant.smooth import OneOf, Statistics
 
 
 @dataclass(frozen=True)
 class Streams:
     """What reaches a layer in the unquantized and in the served model: batches [T, H] of whole
-    sequences."""
+    sequences, on the host where the device has no room for them."""
 
     exact: list[Tensor]
     served: list[Tensor]
@@ -70,29 +70,33 @@ class LayerQuantizer:
         length: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config, self.recipe, self.group_size = config, recipe, group_size
+        self.config, self.recipe, self.device = config, recipe, device
+        self._linear = LinearQuantizer(recipe, group_size)
+        self._group_size = group_size
         table = rope_table(config, length).to(device)
         self._exact = DenseAttention(config, length, table)
         self._served = replace(self._exact, hadamard=recipe.k_hadamard, kv_bits=recipe.kv_bits)
 
-    def quantize(self, layer: Layer, streams: Streams) -> tuple[QuantizedLayer, Streams]:
-        """The layer, and what leaves it."""
-        layer = self._prepared(layer, streams.exact[0])
+    def quantize(
+        self, layer: Layer, streams: Streams, wide: frozenset[str] = frozenset()
+    ) -> tuple[QuantizedLayer, Streams]:
+        """The layer, and what leaves it. wide: linears to keep at 8 bits, with those fused to them."""
+        layer = self._prepared(layer, streams.exact[0].to(self.device))
         rounded = dict(layer)
         exact = PausedLayer(layer, self.config, streams.exact, self._attend_exactly)
         served = PausedLayer(layer, self.config, streams.served, self._attend_as_served(rounded))
         weights: dict[str, QuantizedWeight] = {}
         for parts in FUSED_LINEARS:
-            inputs = [self._activation(x) for x in served.inputs]
-            moments = Moments.of(exact.inputs, inputs, exact.residuals)
-            for part, weight in self._rounded(layer, parts, moments).items():
+            narrow = self.recipe.weight_bits == 4 and not wide & set(parts)
+            own = (self._narrow if narrow else self._wide)(layer, parts, exact, served)
+            for part, weight in zip(parts, own, strict=True):
                 weights[part] = weight
                 rounded[f"{part}.weight"] = weight.dequantize().to(layer[f"{part}.weight"])
-            outputs = _linear(rounded, parts, inputs)
             if parts == names.QKV and self.recipe.k_center:
-                rounded[names.KEY_CENTER] = self._mean_key(rounded, outputs)
+                qkv = _linear(rounded, parts, self._activations(served))
+                rounded[names.KEY_CENTER] = self._mean_key(rounded, qkv)
             exact.resume(_linear(layer, parts, exact.inputs))
-            served.resume(outputs)
+            served.resume(_linear(rounded, parts, self._activations(served)))
         float_names = rounded.keys() - {f"{part}.weight" for part in weights}
         tensors = {name: rounded[name] for name in sorted(float_names)}
         return QuantizedLayer(tensors, weights, rounded), Streams(exact.outputs, served.outputs)
@@ -108,7 +112,7 @@ class LayerQuantizer:
         """What leaves a layer when its activations, keys and values are quantized."""
         run = PausedLayer(layer, self.config, batches, self._attend_as_served(layer))
         for parts in FUSED_LINEARS:
-            run.resume(_linear(layer, parts, [self._activation(x) for x in run.inputs]))
+            run.resume(_linear(layer, parts, self._activations(run)))
         return run.outputs
 
     def _attend_exactly(self, qkv: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class LayerQuantizer:
         """Attention over quantized keys and values, by the center that the layer then has."""
         return lambda qkv: replace(self._served, key_center=layer.get(names.KEY_CENTER))(0, qkv)
 
-    def _mean_key(self, layer: Layer, outputs: Sequence[Tensor]) -> Tensor:
+    def _mean_key(self, layer: Layer, outputs: Iterable[Tensor]) -> Tensor:
         """[Hkv, D]: the mean key, after RoPE, of batches of qkv."""
         means: list[Tensor] = []
         attention = replace(self._exact, observer=lambda _, q, k, v: means.append(k.mean(dim=0)))
@@ -126,62 +130,75 @@ class LayerQuantizer:
             attention(0, head_norm(layer, self.config, qkv))
         return torch.stack(means).mean(dim=0)
 
-    def _activation(self, x: Tensor) -> Tensor:
-        if self.recipe.activation_bits == 16:
-            return x
-        return quantize_activation(x).dequantize(x.dtype)
+    def _activations(self, run: PausedLayer) -> Iterator[Tensor]:
+        """What the paused linear multiplies when served, of each batch [T, K], on the device."""
+        for x in run.inputs:
+            x = x.to(self.device)
+            if self.recipe.activation_bits == 8:
+                x = quantize_activation(x).dequantize(x.dtype)
+            yield x
 
-    def _rounded(
-        self, layer: Layer, parts: Sequence[str], moments: Moments
-    ) -> dict[str, QuantizedWeight]:
-        hessian = damped(moments.hessian, self.recipe.damping)
-        weight = propagated(fused_weight(layer, parts), moments, hessian, self.recipe.propagation)
-        sizes = [len(layer[f"{part}.weight"]) for part in parts]
-        rows = weight.split(sizes)
-        if self.recipe.weight_bits == 8 or set(parts) & set(self.recipe.wide_linears):
-            return {part: W8Weight.quantize(own) for part, own in zip(parts, rows, strict=True)}
-        grid = self._grid(weight, hessian.diagonal())
-        codes = self._codes(weight, grid, hessian)
-        return {
-            part: part_grid.pack(part_codes)
-            for part, part_grid, part_codes in zip(
-                parts, _split_grid(grid, sizes), codes.split(sizes), strict=True
+    def _wide(self, layer: Layer, parts: Sequence[str], *_: PausedLayer) -> list[QuantizedWeight]:
+        return [W8Weight.quantize(layer[f"{part}.weight"]) for part in parts]
+
+    def _narrow(
+        self, layer: Layer, parts: Sequence[str], exact: PausedLayer, served: PausedLayer
+    ) -> list[QuantizedWeight]:
+        moments = self._linear.moments(
+            (x.to(self.device), y, None if residual is None else residual.to(self.device))
+            for x, y, residual in zip(
+                exact.inputs, self._activations(served), exact.residuals, strict=True
             )
-        }
+        )
+        ratios = []
+        if parts == names.QKV and self.recipe.grid == "output":
+            ratios = self._head_ratios(layer, exact.inputs[0], next(self._activations(served)))
+        return self._linear.quantize([layer[f"{part}.weight"] for part in parts], moments, ratios)
 
-    def _grid(self, weight: Tensor, importance: Tensor) -> WeightGrid:
-        if self.recipe.grid == "span":
-            return fit_grid(weight, self.group_size)
-        return search_grid(weight, self.group_size, importance.to(weight.dtype))
+    def _head_ratios(self, layer: Layer, exact: Tensor, served: Tensor) -> list[Tensor]:
+        """By which to shrink the rows [N] of queries and keys, for attention's output on a batch."""
+        (qkv,) = _linear(layer, names.QKV, [exact])
+        expected = self._attend_exactly(head_norm(layer, self.config, qkv))
 
-    def _codes(self, weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
-        if self.recipe.rounding == "nearest":
-            return grid.quantize(weight)
-        return no_worse(gptq(weight, grid, hessian), grid.quantize(weight), weight, grid, hessian)
+        def loss(part: str, heads: int, weight: Tensor) -> Tensor:
+            trial = {**layer, f"{part}.weight": weight.to(layer[f"{part}.weight"])}
+            (qkv,) = _linear(trial, names.QKV, [served])
+            output = self._attend_as_served(trial)(head_norm(trial, self.config, qkv))
+            lost: Tensor = (output - expected).square().unflatten(1, (heads, -1))
+            return lost.sum(dim=(0, 2))
+
+        ratios = []
+        for part, heads in zip(
+            names.QKV[:2], (self.config.num_heads, self.config.num_kv_heads), strict=True
+        ):
+            weight = layer[f"{part}.weight"]
+            found = search_head_ratio(weight, self._group_size, heads, partial(loss, part, heads))
+            ratios.append(found.repeat_interleave(len(weight) // heads))
+        return ratios
 
     def _prepared(self, layer: Layer, sample: Tensor) -> Layer:
-        """The layer after the recipe's passes, without those that make it worse."""
+        """The layer after the recipe's passes: of several the best, none that makes it worse."""
         if not self.recipe.passes:
             return layer
-        statistics = self.statistics(layer, sample)
         expected = self.run_exact(layer, [sample])
         best = self._trial_error(layer, sample, expected)
         for layer_pass in self.recipe.passes:
-            candidate = layer_pass(layer, statistics, self.config)
-            error = self._trial_error(candidate, sample, expected)
-            if error <= best or not self.recipe.guarded:
-                layer, best = candidate, error
-                statistics = self.statistics(layer, sample)
+            statistics = self.statistics(layer, sample)
+            found, lowest = layer, best if self.recipe.guarded else torch.inf
+            for choice in layer_pass.passes if isinstance(layer_pass, OneOf) else (layer_pass,):
+                candidate = choice(layer, statistics, self.config)
+                error = self._trial_error(candidate, sample, expected)
+                if error <= lowest:
+                    found, lowest = candidate, error
+            layer, best = found, lowest
         return layer
 
     def _trial_error(self, layer: Layer, sample: Tensor, expected: list[Tensor]) -> float:
         """The error of the layer rounded to the nearest codes."""
         trial = dict(layer)
-        for parts in FUSED_LINEARS:
-            for part in parts:
-                weight = layer[f"{part}.weight"]
-                grid = fit_grid(weight, self.group_size)
-                trial[f"{part}.weight"] = grid.dequantize(grid.quantize(weight)).to(weight.dtype)
+        for part in names.linear_shapes(self.config):
+            weight = layer[f"{part}.weight"]
+            trial[f"{part}.weight"] = self._linear.nearest(weight).to(weight.dtype)
         return Streams(expected, self.run_served(trial, [sample])).error
 
     def statistics(self, layer: Layer, sample: Tensor) -> Statistics:
@@ -200,13 +217,8 @@ class LayerQuantizer:
         return Statistics(inputs, **heads)
 
 
-def _linear(layer: Layer, parts: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
+def _linear(layer: Layer, parts: Sequence[str], inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The linear's output of each batch, one at a time, on the layer's device."""
     weight, bias = fused_weight(layer, parts), fused_bias(layer, parts)
-    return [functional.linear(x, weight, bias) for x in inputs]
-
-
-def _split_grid(grid: WeightGrid, sizes: Sequence[int]) -> list[WeightGrid]:
-    """A grid's rows, as grids of so many each."""
-    tensors = {name: value for name, value in vars(grid).items() if isinstance(value, Tensor)}
-    pieces = zip(*(tensor.split(list(sizes)) for tensor in tensors.values()), strict=True)
-    return [replace(grid, **dict(zip(tensors, piece, strict=True))) for piece in pieces]
+    for x in inputs:
+        yield functional.linear(x.to(weight.device), weight, bias)

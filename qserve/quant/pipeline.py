@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,8 @@ GroupSize = Literal["auto", -1, 64, 128]
 
 _BATCH_TOKENS = 1024
 _TRIAL_BATCHES = 4
+_RESIDENT_BYTES = 2**33
+"""Activations of a layer that may stay on the device; more wait on the host for their turn."""
 
 
 def quantize(
@@ -57,6 +59,7 @@ def quantize(
     if source.quantization is not None:
         raise ModelError("the model is quantized already")
     size = resolve_group_size(source.config, recipe, group_size)
+    _check_wide_linears(source.config, recipe)
     windows = calibration_windows(
         source.tokenizer(), calibration_text(calibration), recipe.sequences, recipe.length, seed
     )
@@ -77,6 +80,19 @@ def resolve_group_size(config: ModelConfig, recipe: Recipe, group_size: GroupSiz
     if group_size not in (-1, *fitting):
         raise RecipeError(f"group size {group_size} does not divide every linear of the model")
     return group_size
+
+
+def _check_wide_linears(config: ModelConfig, recipe: Recipe) -> None:
+    for pattern in recipe.wide_linears:
+        alone = replace(recipe, wide_linears=(pattern,))
+        if not any(_wide_linears(config, alone, index) for index in range(config.num_layers)):
+            raise RecipeError(f"no linear of the model is named {pattern!r}")
+
+
+def _wide_linears(config: ModelConfig, recipe: Recipe, layer_index: int) -> frozenset[str]:
+    """The linears of a layer that the recipe keeps at 8 bits."""
+    linears = names.linear_shapes(config)
+    return frozenset(linear for linear in linears if recipe.is_wide(layer_index, linear))
 
 
 def _progress(console: Console) -> Progress:
@@ -137,9 +153,10 @@ class _Job:
             layer = read_layer(self.source, index, self.device)
             if index in trials:
                 plain += self._trial_error(layer, batches)
-                basis = rotated.rotation.to(batches[0])
+                basis = rotated.rotation.float()
                 turned += self._trial_error(
-                    read_layer(rotated, index, self.device), [x @ basis for x in batches]
+                    read_layer(rotated, index, self.device),
+                    [(x.to(self.device) @ basis).to(x.device) for x in batches],
                 )
             batches = self._quantizer().run_exact(layer, batches)
         return plain, turned
@@ -160,7 +177,8 @@ class _Job:
         done, streams = self._start(source, writer)
         for index in range(done, source.config.num_layers):
             layer = read_layer(source, index, self.device)
-            quantized, streams = quantizer.quantize(layer, streams)
+            wide = _wide_linears(source.config, self.recipe, index)
+            quantized, streams = quantizer.quantize(layer, streams, wide)
             writer.write(_shard(index + 1), _tensors(quantized, index, _float_dtype(source.config)))
             writer.save_state(index + 1, _packed_streams(streams))
             yield index, streams.error
@@ -171,7 +189,8 @@ class _Job:
         if done == 0:
             return 0, Streams(embedded, embedded)
         sizes = [len(batch) for batch in embedded]
-        exact, served = (state[name].to(self.device).split(sizes) for name in ("exact", "served"))
+        home = embedded[0].device
+        exact, served = (state[name].to(home).split(sizes) for name in ("exact", "served"))
         return done, Streams(list(exact), list(served))
 
     def _quantizer(self) -> LayerQuantizer:
@@ -180,14 +199,21 @@ class _Job:
         )
 
     def _embed(self, source: WeightSource) -> list[Tensor]:
-        """The calibration windows, embedded: batches [T, H] of whole windows."""
+        """The calibration windows, embedded: batches [T, H] of whole windows, where they are kept."""
         embedding = source.tensor(names.EMBEDDING)
         sequences, length = self.windows.shape
         windows = self.windows.split(max(1, min(_BATCH_TOKENS // length, sequences // 4)))
         return [
-            embedding[batch.flatten().to(embedding.device)].to(self.device, torch.float32)
+            embedding[batch.flatten().to(embedding.device)].to(self._home(), torch.float32)
             for batch in windows
         ]
+
+    def _home(self) -> torch.device:
+        """Where activations are kept: on the device as long as there are few of them."""
+        config = self.source.config
+        per_token = 2 * 4 * (2 * config.hidden_size + config.intermediate_size)
+        fits = self.windows.numel() * per_token <= _RESIDENT_BYTES
+        return self.device if fits else torch.device("cpu")
 
     def _write_outer(self, source: WeightSource, writer: CheckpointWriter) -> None:
         if not writer.has(_shard(0)):

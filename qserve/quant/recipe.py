@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from qserve.formats.checkpoint import QuantizationConfig
+from qserve.models.names import layer_prefix
 from qserve.quant.smooth import (
+    SEARCHED_INPUTS,
+    SEARCHED_OUTPUTS,
     LayerPass,
+    OneOf,
     ReorderChannels,
     RotateValues,
     SmoothAttention,
@@ -30,11 +35,14 @@ class Recipe:
         keys' mean, which softmax does not see (SageAttention, arXiv 2410.02367).
     passes: what is done to each layer before rounding; with `guarded`, each only where the layer's
         error is not higher for it.
-    grid: "span" reaches from each group's minimum to its maximum, "search" is where it loses least.
+    grid: "span" reaches from each group's minimum to its maximum; "search" is where it loses least,
+        inputs weighted by their mean squares; "output" where the linear's output does, or for
+        queries and keys attention's.
     rounding: to the nearest code, or GPTQ. damping: of its second moments, in mean diagonals.
     propagation: how much of what the linears before lost is made up for, 0 to 1 (QEP,
         arXiv 2504.09629; GPTAQ, arXiv 2504.02692, is 1).
-    wide_linears: linears kept at 8 bits, by their names within a layer.
+    wide_linears: linears kept at 8 bits with those fused to them: shell patterns of names within a
+        layer ("mlp.down_proj") or in the model ("model.layers.0.*").
     sequences, length: calibration windows and tokens of each.
     """
 
@@ -45,9 +53,9 @@ class Recipe:
     rotation: Literal["never", "always", "measured"] = "never"
     k_hadamard: bool = False
     k_center: bool = False
-    passes: tuple[LayerPass, ...] = ()
+    passes: tuple[LayerPass | OneOf, ...] = ()
     guarded: bool = False
-    grid: Literal["span", "search"] = "span"
+    grid: Literal["span", "search", "output"] = "span"
     rounding: Literal["nearest", "gptq"] = "gptq"
     damping: float = 0.01
     propagation: float = 0.0
@@ -55,6 +63,13 @@ class Recipe:
     group_size: Literal["auto", -1] = "auto"
     sequences: int = 32
     length: int = 512
+
+    def is_wide(self, layer_index: int, linear: str) -> bool:
+        """Whether a linear, by its name within its layer, is to be kept at 8 bits."""
+        names_of_it = (linear, layer_prefix(layer_index) + linear)
+        return any(
+            fnmatchcase(name, pattern) for name in names_of_it for pattern in self.wide_linears
+        )
 
     def quantization(self, group_size: int) -> QuantizationConfig:
         """What a checkpoint made so says of itself."""
@@ -93,7 +108,7 @@ RECIPES = {
             "qoq-paper-channel",
             rotation="always",
             passes=(SmoothAttention(0.5), SmoothOutputs(0.1, 0.9)),
-            grid="search",
+            grid="output",
             group_size=-1,
         ),
         Recipe("rtn", rounding="nearest"),
@@ -109,7 +124,7 @@ RECIPES = {
             "awq",
             activation_bits=16,
             kv_bits=16,
-            passes=(SmoothInputs(0.5, 0.5), SmoothOutputs(0.5, 0.5)),
+            passes=(SEARCHED_INPUTS, SEARCHED_OUTPUTS),
             guarded=True,
             grid="search",
             rounding="nearest",

@@ -7,7 +7,7 @@ not rounded yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,66 +15,70 @@ from torch import Tensor
 
 from qserve.formats.layout import CODE_MAX
 from qserve.formats.weight import ChannelGrid, WeightGrid
-
-_BLOCK = 64
+from qserve.kernels.round_columns import BLOCK_COLUMNS, round_columns
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """A grid by column: w = (q - zero) * step, 0 <= q <= top; float32 [K, N] each."""
+    """A grid by column: w = (q - zero) * step, 0 <= q <= top; float32 [G, N] each.
+
+    group: i64 [K], which of these a column has.
+    """
 
     step: Tensor
     zero: Tensor
     top: Tensor
+    group: Tensor
 
     @classmethod
     def of(cls, grid: WeightGrid, order: Tensor) -> _Columns:
         """The columns `order` of a grid."""
         if isinstance(grid, ChannelGrid):
             step, zero = grid.scale.float()[:, None], grid.zero.float()[:, None]
-            top, group = torch.full_like(zero, CODE_MAX), torch.zeros_like(order)
-        else:
-            step = grid.scale.float()[:, None] * grid.group_scale.float()
-            zero, top = grid.group_zero.float(), grid.max_code.float()
-            group = order // grid.group_size
-        return cls(*(values.T[group].contiguous() for values in (step, zero, top)))
+            return cls(step.T, zero.T, torch.full_like(zero, CODE_MAX).T, torch.zeros_like(order))
+        step = grid.scale.float()[:, None] * grid.group_scale.float()
+        zero, top = grid.group_zero.float(), grid.max_code.float()
+        return cls(step.T, zero.T, top.T, order // grid.group_size)
 
-    def nearest(self, column: int, values: Tensor) -> Tensor:
-        """Codes float32 [N] of one column's values [N]."""
-        codes = torch.round(values / self.step[column] + self.zero[column])
-        return codes.clamp_(min=0).minimum(self.top[column])
-
-    def dequantize(self, column: int, codes: Tensor) -> Tensor:
-        return (codes - self.zero[column]) * self.step[column]
+    def at(self, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, zero and top of some columns, [n, N] each."""
+        group = self.group[columns]
+        return self.step[group], self.zero[group], self.top[group]
 
 
 @dataclass(frozen=True)
 class Moments:
     """Second moments of a linear's inputs over tokens, float64 [K, K]: X served, D exact - served.
 
-    hessian: X^T X. cross: D^T X.
+    hessian: X^T X. cross: D^T X, if wanted.
     """
 
     hessian: Tensor
-    cross: Tensor
+    cross: Tensor | None
 
     @classmethod
     def of(
-        cls,
-        exact: Sequence[Tensor],
-        served: Sequence[Tensor],
-        residuals: Sequence[Tensor | None],
+        cls, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]], with_cross: bool = True
     ) -> Moments:
-        """Of batches [T, K]. Where the output is added to a residual stream [T, H], tokens count by
-        the inverse of its mean square: the norms that follow see errors relative to it."""
-        size = served[0].shape[1]
-        hessian = torch.zeros(size, size, dtype=torch.float64, device=served[0].device)
-        cross = torch.zeros_like(hessian)
-        for x, y, residual in zip(exact, served, residuals, strict=True):
-            weighted = y if residual is None else y / residual.square().mean(dim=1, keepdim=True)
-            hessian += weighted.T @ y
-            cross += (x - y).T @ weighted
+        """Of batches (exact [T, K], served [T, K], residual). Where the output is added to a residual
+        stream [T, H], tokens count by the inverse of its mean square: the norms that follow see
+        errors relative to it."""
+        hessian: Tensor | None = None
+        cross: Tensor | None = None
+        for exact, served, residual in batches:
+            weighted = served
+            if residual is not None:
+                weighted = served / residual.square().mean(dim=1, keepdim=True)
+            hessian = _added(hessian, weighted.T @ served)
+            if with_cross:
+                cross = _added(cross, (exact - served).T @ weighted)
+        assert hessian is not None, "there must be a batch"
         return cls(hessian, cross)
+
+
+def _added(total: Tensor | None, moment: Tensor) -> Tensor:
+    """Float64 sums of float32 products of a batch."""
+    return moment.double() if total is None else total.add_(moment)
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -92,7 +96,7 @@ def propagated(weight: Tensor, moments: Moments, hessian: Tensor, strength: floa
     At strength 1 it is the least-squares fit of the exact outputs from the served inputs; hessian
     is the damped one.
     """
-    if strength == 0:
+    if strength == 0 or moments.cross is None:
         return weight
     lacking = weight.double() @ moments.cross
     correction = torch.cholesky_solve(lacking.T, torch.linalg.cholesky(hessian)).T
@@ -118,34 +122,26 @@ def gptq(weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
     """Codes u8 [N, K] of weight [N, K]; hessian [K, K] is damped. Columns by falling diagonal."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     columns = _Columns.of(grid, order)
-    factor = _inverse_factor(hessian[order][:, order]).to(weight.dtype)
-    remaining = weight.T[order].contiguous()
-    codes = torch.empty_like(remaining)
-    for start in range(0, len(order), _BLOCK):
-        stop = min(start + _BLOCK, len(order))
-        errors = _gptq_block(remaining[start:stop], codes[start:stop], columns, factor, start)
-        remaining[stop:] -= factor[start:stop, stop:].T @ errors
-    return codes[torch.argsort(order)].T.to(torch.uint8).contiguous()
+    factor = _inverse_factor(hessian, order).float()
+    remaining = weight.T[order].float()
+    codes = torch.empty_like(remaining, dtype=torch.uint8)
+    for start in range(0, len(order), BLOCK_COLUMNS):
+        block, later = slice(start, start + BLOCK_COLUMNS), slice(start + BLOCK_COLUMNS, None)
+        rounded, errors = round_columns(
+            remaining[block], *columns.at(block), factor[block, block].contiguous()
+        )
+        codes[block] = rounded
+        remaining[later].addmm_(factor[block, later].T, errors, alpha=-1)
+    return codes[torch.argsort(order)].T.contiguous()
 
 
-def _gptq_block(
-    block: Tensor, codes: Tensor, columns: _Columns, factor: Tensor, start: int
-) -> Tensor:
-    """Round the rows of block [B, N] into `codes` in turn; returns their scaled errors [B, N]."""
-    errors = torch.empty_like(block)
-    for row in range(len(block)):
-        column = start + row
-        codes[row] = columns.nearest(column, block[row])
-        rounding = block[row] - columns.dequantize(column, codes[row])
-        errors[row] = rounding / factor[column, column]
-        following = factor[column, column + 1 : start + len(block)]
-        block[row + 1 :].addr_(following, errors[row], alpha=-1)
-    return errors
+def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = the inverse of `hessian`, both of its dimensions in `order`.
 
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = inverse of `hessian`: the inverse of R, hessian = R R^T."""
-    lower = torch.linalg.cholesky(hessian.flip(0, 1))
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    It is the inverse of R, hessian = R R^T, whose flip is the factor of hessian's flip.
+    """
+    backward = order.flip(0)
+    factor = torch.linalg.cholesky(hessian[backward[:, None], backward]).flip(0, 1)
+    identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
     return inverse
