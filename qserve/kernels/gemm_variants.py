@@ -103,7 +103,7 @@ def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool) -> Kernel:
             "HAS_ZEROS": policy.has_zeros,
             "WEIGHT_OFFSET": offset,
             "FRACTIONAL_ZEROS": policy.fractional_zeros,
-            "OUTPUT_BFLOAT16": bfloat16,
+            "BFLOAT16": bfloat16,
         },
     )
 

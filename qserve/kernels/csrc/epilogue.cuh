@@ -26,7 +26,7 @@ struct Token {
 DEVICE float load_bias(const Operands& operands, int row) {
   if (operands.bias == nullptr || row >= operands.rows) return -0.0f;
   if (operands.bias_is_float) return static_cast<const float*>(operands.bias)[row];
-  return unpack_pair<OUTPUT_BFLOAT16>(static_cast<const uint16*>(operands.bias)[row]).x;
+  return unpack_pair<BFLOAT16>(static_cast<const uint16*>(operands.bias)[row]).x;
 }
 
 DEVICE Row load_row(const Operands& operands, int row) {

@@ -132,6 +132,7 @@ DEVICE void stream_tokens(const TensorMap* map, const Shared& shared, TileQueue 
 // A stage may be written by either block of a cluster, so both learn that it has been read.
 DEVICE void release(const Barriers& barriers, int stage) {
   const int lane = threadIdx.x % 32;
+  __syncwarp();  // few lanes arrive for all, once all have read
   if (CLUSTER == 1 && lane == 0) mbarrier_arrive(barriers.empty(stage));
   if (CLUSTER > 1 && lane < CLUSTER) mbarrier_arrive_peer(barriers.empty(stage), lane);
 }
@@ -231,7 +232,7 @@ DEVICE void stage_chunk(const int* first, uint32 terms, const Row (&rows)[2], ui
                                {__uint_as_float(raw.z), static_cast<int>(raw.w)}};
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        packed[part * 2 + r] = pack_pair<OUTPUT_BFLOAT16>(finish(sums[r * 2], rows[r], tokens[0]),
+        packed[part * 2 + r] = pack_pair<BFLOAT16>(finish(sums[r * 2], rows[r], tokens[0]),
                                             finish(sums[r * 2 + 1], rows[r], tokens[1]));
     }
     store_matrices_transposed(buffer + (step * 16 + token) * BLOCK + column, packed);

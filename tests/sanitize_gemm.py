@@ -1,0 +1,60 @@
+"""A few small calls of one kernel path, to be run under NVIDIA's checker on a machine with a GPU:
+
+    compute-sanitizer --tool racecheck python tests/sanitize_gemm.py large|small|portable|producers
+
+Exits with an error if a result is not the reference's, or if the checker finds something.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+
+import torch
+
+from qserve.formats.activation import QuantizedActivation, quantize_activation
+from qserve.formats.weight import QuantizedWeight, W8Weight, fit_grid
+from qserve.kernels.fused import quantize_per_token, rms_norm_quantize, silu_mul_quantize
+from qserve.kernels.gemm import reference_linear
+from qserve.kernels.gemm_cuda import CudaWeight
+from qserve.kernels.tiles import tiles_for
+
+SHAPE = (320, 1088)
+
+
+def make_weight(bits: int, group_size: int) -> QuantizedWeight:
+    weight = torch.randn(SHAPE)
+    if bits == 8:
+        return W8Weight.quantize(weight)
+    grid = fit_grid(weight, group_size)
+    return grid.pack(grid.quantize(weight))
+
+
+def run_gemms(kind: str) -> None:
+    """Every tile of a kind, group and 8-bit weights, at two batch sizes."""
+    tiles = [t for t in tiles_for("sm_90a") + tiles_for("sm_80") if t.kind == kind]
+    for bits, group_size in ((4, 64), (4, -1), (8, -1)):
+        weight = make_weight(bits, group_size)
+        prepared = CudaWeight.prepare(weight, torch.device("cuda"))
+        for tile, tokens in product(tiles, (5, 270)):
+            x = quantize_activation(torch.randn(tokens, SHAPE[1]))
+            on_gpu = QuantizedActivation(*(tensor.cuda() for tensor in vars(x).values()))
+            out = prepared.apply_tile(on_gpu, None, torch.float16, tile)
+            assert torch.equal(out.cpu(), reference_linear(x, weight, None, torch.float16)), tile
+
+
+def run_producers() -> None:
+    """Each producer at an odd and a long row."""
+    for tokens, columns in ((3, 576), (5, 14336)):
+        x = torch.randn(tokens, columns, dtype=torch.float16).cuda()
+        gain = torch.ones(columns).half().cuda()
+        rms_norm_quantize(x, gain, 1e-5, x.clone())
+        quantize_per_token(x)
+        silu_mul_quantize(torch.randn(tokens, 2 * columns).half().cuda())
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    path = sys.argv[1]
+    run_producers() if path == "producers" else run_gemms(path)
+    print(f"{path}: done")
