@@ -112,13 +112,14 @@ def bench_breakdown(
     _prefill(engine, batch)
     _timed(engine, steps // 2)
     alone = _timed(engine, steps)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         seconds = _timed(engine, steps)
     for index in range(batch):
         engine.abort(str(index))
     spans = [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
+        if event.device_type.name == "CUDA"
     ]
     step = seconds / steps * 1e6
     parts = _part_times(spans, steps, roofline.part_times(batch, context))

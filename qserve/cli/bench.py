@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from qserve.cli.model import load_engine
-from qserve.cli.options import KVBits, Precision, bits_of
+from qserve.cli.options import API_KEY_VARIABLE, KVBits, Precision, bits_of
 from qserve.config import EngineConfig
 
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 kernels = typer.Typer(help="The CUDA kernels.", no_args_is_help=True)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per run.")]
 
 
 @bench.command()
@@ -79,6 +80,54 @@ def throughput(
         print(f"{name.replace('_', ' '):28} {value:,.6g}")
     if parts:
         print(parts)
+
+
+@bench.command()
+def serving(
+    url: Annotated[str, typer.Argument(help="Of an OpenAI server, such as http://host:8000.")],
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Requests per second; may be repeated.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Instead: lines of JSON: timestamp, input_len, output_len.",
+        ),
+    ] = None,
+    num_requests: Annotated[int, typer.Option(help="Requests at each rate.", min=1)] = 200,
+    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 1024,
+    output_len: Annotated[int, typer.Option(help="Tokens generated for each.", min=1)] = 128,
+    seed: Annotated[int, typer.Option(help="Of the arrivals and the prompts.")] = 0,
+    ttft: Annotated[
+        float | None, typer.Option(help="Milliseconds to the first token that are still good.")
+    ] = None,
+    tpot: Annotated[
+        float | None, typer.Option(help="Milliseconds per further token that are still good.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Latency of a server under load: requests at random times, or at those of a trace."""
+    from qserve.benchmark.serving import (
+        Objectives,
+        bench_serving,
+        poisson_arrivals,
+        read_trace,
+    )
+
+    if (rate is None) == (trace is None):
+        raise typer.BadParameter("give either --rate or --trace")
+    loads = [
+        (value, poisson_arrivals(value, num_requests, input_len, output_len, seed))
+        for value in rate or ()
+    ]
+    runs = loads if trace is None else [(None, read_trace(trace))]
+    key = os.environ.get(API_KEY_VARIABLE)
+    for value, arrivals in runs:
+        objectives = Objectives(ttft, tpot)
+        report = bench_serving(url.rstrip("/"), arrivals, objectives, seed, value, key)
+        print(json.dumps(report.to_json()) if as_json else report, flush=True)
 
 
 @bench.command("kernels")
