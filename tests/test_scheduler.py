@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qserve.engine.block_pool import BlockPool
+from qserve.engine.grammar import TokenGuide
 from qserve.engine.request import FinishReason, RequestError, SamplingParams
 from qserve.engine.scheduler import Scheduler, StepPlan
 from qserve.engine.sequence import Sequence, SequenceStatus
@@ -48,6 +49,7 @@ class Device:
         for chunk in plan.chunks:
             assert chunk.start + chunk.length < chunk.sequence.max_length
             text = self.texts.setdefault(chunk.sequence, list(chunk.sequence.token_ids))
+            assert chunk.sequence.guide is None or text == chunk.sequence.token_ids
             for position in range(chunk.start, chunk.start + chunk.length):
                 self.slots[self.slot(chunk.sequence, position)] = tuple(text[: position + 1])
         return [self.sample(sequence) for sequence in plan.sampled]
@@ -71,10 +73,23 @@ def make_scheduler(num_pages: int = 16, max_model_len: int = 10**6, **limits: in
     )
 
 
-def make_sequence(scheduler: Scheduler, prompt: list[int], max_tokens: int = 8) -> Sequence:
+class AnyText(TokenGuide):
+    """Allows everything."""
+
+    def __init__(self) -> None:
+        pass
+
+    def accept(self, token_id: int) -> bool:
+        return True
+
+
+def make_sequence(
+    scheduler: Scheduler, prompt: list[int], max_tokens: int = 8, guided: bool = False
+) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens)
     max_length = min(len(prompt) + max_tokens, scheduler.max_length)
-    return Sequence("r", 0, params, list(prompt), 0, max_length, frozenset({END_TOKEN}))
+    guide = AnyText() if guided else None
+    return Sequence("r", 0, params, list(prompt), 0, max_length, frozenset({END_TOKEN}), guide)
 
 
 def check_plan(scheduler: Scheduler, plan: StepPlan, limits: dict[str, int]) -> None:
@@ -99,6 +114,7 @@ prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), min_siz
     depth=st.integers(1, 3),
     arrival_steps=st.lists(st.integers(0, 40), min_size=8, max_size=8),
     aborts=st.dictionaries(st.integers(0, 60), st.integers(0, 7), max_size=4),
+    guided=st.sets(st.integers(0, 7)),
 )
 def test_any_schedule_yields_the_tokens_of_each_sequence_alone(
     prompts: list[list[int]],
@@ -110,15 +126,22 @@ def test_any_schedule_yields_the_tokens_of_each_sequence_alone(
     depth: int,
     arrival_steps: list[int],
     aborts: dict[int, int],
+    guided: set[int],
 ) -> None:
-    """`depth` steps are under way at once; requests arrive and are aborted at any time."""
+    """`depth` steps are under way at once; requests arrive and are aborted at any time.
+
+    Those that a grammar guides never have a token under way that is not committed.
+    """
     limits = {
         "max_num_sequences": max_num_sequences,
         "max_batched_tokens": max_num_sequences + extra_budget,
     }
     scheduler = make_scheduler(num_pages, prefix_caching=prefix_caching, **limits)
     device = Device()
-    sequences = [make_sequence(scheduler, prompt, max_tokens) for prompt in prompts]
+    sequences = [
+        make_sequence(scheduler, prompt, max_tokens, index in guided)
+        for index, prompt in enumerate(prompts)
+    ]
     under_way: deque[tuple[StepPlan, list[int]]] = deque()
     for step in range(2000):
         for sequence, arrival_step in zip(sequences, arrival_steps, strict=False):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qserve.config import ConfigError, EngineConfig
 from qserve.engine.batch import build_batch
 from qserve.engine.block_pool import BlockPool
+from qserve.engine.grammar import GrammarCompiler
 from qserve.engine.kv_cache import choose_num_pages, kv_format_of
 from qserve.engine.loading import UNQUANTIZED, load_model
 from qserve.engine.logprobs import prompt_logprobs, sampled_logprobs
@@ -79,6 +80,7 @@ class Engine:
         self._runner = ModelRunner(
             decoder, self.kv_format, num_pages, self.max_model_len, quantization.k_hadamard
         )
+        self._grammars = GrammarCompiler(tokenizer, self.model.vocab_size, self.model.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
         self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
 
@@ -96,8 +98,17 @@ class Engine:
         loaded = load_model(source, config)
         return cls(loaded.decoder, loaded.tokenizer, config, loaded.quantization)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Do beforehand what would hold up `add_request`: compile a grammar. Any thread may call.
+
+        Raises RequestError if the grammar cannot be used.
+        """
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
+
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise RequestError, naming what is wrong, if the request could never be served."""
+        self.prepare(params)
         self._scheduler.check_fits(len(prompt_token_ids))
         for name, token_ids in (
             ("prompt", prompt_token_ids),
@@ -194,7 +205,12 @@ class Engine:
         if not params.ignore_eos:
             end_token_ids |= frozenset(self.model.eos_token_ids)
         seed = sequence_seed(params.seed, index)
-        return Sequence(request_id, index, params, list(prompt), seed, max_length, end_token_ids)
+        guide = None
+        if params.grammar is not None:
+            guide = self._grammars.guide(params.grammar, end_token_ids)
+        return Sequence(
+            request_id, index, params, list(prompt), seed, max_length, end_token_ids, guide
+        )
 
     def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
         for score in prompt_logprobs(plan, hidden, self._runner.logits):

@@ -22,7 +22,10 @@ class RequestState:
     @classmethod
     def start(cls, sequences: list[Sequence], tokenizer: PreTrainedTokenizerBase) -> RequestState:
         params = sequences[0].params
-        streams = [TextStream(tokenizer, params.stop, params.min_tokens) for _ in sequences]
+        streams = [
+            TextStream(tokenizer, params.stop, params.min_tokens, params.skip_special_tokens)
+            for _ in sequences
+        ]
         return cls(sequences, streams)
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
+from typing import Any
 
 
 class RequestError(ValueError):
@@ -19,13 +21,42 @@ class FinishReason(str, Enum):
     ABORT = "abort"
 
 
+class GrammarKind(Enum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a generated text must be: JSON of a schema, a regular expression, or a Lark grammar.
+
+    The dialects are llguidance's: regular expressions match all of the text, and know neither
+    look-around nor references. name: what the client calls it, for messages.
+    """
+
+    kind: GrammarKind
+    text: str
+    name: str = field(default="grammar", compare=False)
+
+    @classmethod
+    def of_json(cls, schema: Mapping[str, Any] | bool, name: str = "grammar") -> Grammar:
+        """JSON that fulfils a schema."""
+        return cls(GrammarKind.JSON_SCHEMA, json.dumps(schema), name)
+
+    @classmethod
+    def of_choices(cls, choices: Iterable[str], name: str = "grammar") -> Grammar:
+        """One of several texts."""
+        return cls(GrammarKind.LARK, "start: " + " | ".join(map(json.dumps, choices)), name)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose the tokens of one request.
 
     The model's logits pass, in this order, through repetition, presence and frequency penalties,
-    `logit_bias`, `min_tokens` (which bars the tokens that would end the text), `temperature`,
-    `top_k`, `top_p` (of what top_k left) and `min_p`.
+    `logit_bias`, `min_tokens` (which bars the tokens that would end the text), `grammar` (which bars
+    what it does not allow), `temperature`, `top_k`, `top_p` (of what top_k left) and `min_p`.
 
     max_tokens: tokens to generate at most; None: as many as the model and the cache hold.
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
@@ -41,6 +72,9 @@ class SamplingParams:
         tokens, under the model's own distribution (before penalties, bias and filters).
     min_tokens: stops of any kind are not looked for before this many tokens.
     ignore_eos: go on past the model's end-of-text tokens.
+    grammar: what the text must be; tokens that end it are barred until it is. `stop` and
+        `max_tokens` may still cut it short.
+    skip_special_tokens: leave out of the text those that the tokenizer calls special.
     """
 
     max_tokens: int | None = 256
@@ -60,6 +94,8 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_strings("stop", self.stop))
@@ -94,6 +130,11 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check_integer("logit_bias", token, 0)
             _check_real(f"logit_bias[{token}]", bias, -100, 100)
+        if self.grammar is not None and (self.ignore_eos or self.min_tokens):
+            raise RequestError(
+                f"{self.grammar.name} says where the text ends; it cannot be used with "
+                f"{'ignore_eos' if self.ignore_eos else 'min_tokens'}"
+            )
 
 
 def _as_strings(name: str, value: str | tuple[str, ...]) -> tuple[str, ...]:

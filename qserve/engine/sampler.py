@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ def sample(logits: Tensor, rows: Rows) -> Tensor:
     logits = _on_rows(logits, logits, rows, lambda row: _has_penalties(row.params), _penalize)
     logits = _on_rows(logits, logits, rows, lambda row: bool(row.params.logit_bias), _add_bias)
     logits = _on_rows(logits, logits, rows, _must_go_on, _bar_end_tokens)
+    logits = _on_rows(logits, logits, rows, lambda row: row.guide is not None, _keep_to_grammar)
     return _on_rows(
         logits.argmax(dim=-1), logits, rows, lambda row: row.params.temperature > 0, _draw
     )
@@ -96,6 +98,16 @@ def _bar_end_tokens(logits: Tensor, rows: Rows) -> Tensor:
     indices, tokens = zip(*barred, strict=True)
     where = (to_device(indices, logits.device), to_device(tokens, logits.device))
     return logits.index_put(where, logits.new_full((), -math.inf))
+
+
+def _keep_to_grammar(logits: Tensor, rows: Rows) -> Tensor:
+    """Bar what the rows' grammars do not allow. The host works this out while a GPU still computes
+    the logits."""
+    masks = numpy.stack([row.guide.mask() for row in rows if row.guide is not None])
+    packed = to_device(masks, logits.device, torch.uint8)
+    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = ((packed[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]]
+    return logits.masked_fill(allowed == 0, -math.inf)
 
 
 def _draw(logits: Tensor, rows: Rows) -> Tensor:

@@ -129,7 +129,7 @@ class Scheduler:
 
     def _plan_chunk(self, sequence: Sequence, budget: int, chunks: list[ScheduledChunk]) -> int:
         """Append the sequence's next chunk, if any; return its length."""
-        length = min(sequence.num_uncomputed_tokens, budget)
+        length = 0 if sequence.awaits_token else min(sequence.num_uncomputed_tokens, budget)
         if length > 0:
             start = sequence.num_computed_tokens
             samples = start + length == sequence.num_tokens

@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from qserve.engine.request import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from qserve.engine.grammar import TokenGuide
 
 
 class SequenceStatus(Enum):
@@ -21,7 +25,7 @@ class Sequence:
 
     token_ids: prompt and output so far.
     seed: of this sequence's noise. max_length: tokens at which it ends for want of room.
-    end_token_ids: tokens that end it.
+    end_token_ids: tokens that end it. guide: what its grammar allows next, if it has one.
     num_computed_tokens: leading tokens whose keys and values are in `pages`, or will be once the
         steps scheduled so far have run.
     num_pending_tokens: sampled by steps that are scheduled but not yet committed.
@@ -35,6 +39,7 @@ class Sequence:
     seed: int
     max_length: int
     end_token_ids: frozenset[int] = frozenset()
+    guide: TokenGuide | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -73,6 +78,12 @@ class Sequence:
         wanted = self.params.prompt_logprobs is not None and self.index == 0
         return wanted and self.num_output_tokens == 0
 
+    @property
+    def awaits_token(self) -> bool:
+        """Whether its next step cannot be planned before the token under way is committed: what a
+        grammar allows depends on it."""
+        return self.guide is not None and self.num_pending_tokens > 0
+
     def append(self, token_id: int) -> None:
         """Take the token a step sampled, and note whether it ends the sequence."""
         self.token_ids.append(token_id)
@@ -80,6 +91,8 @@ class Sequence:
         if token_id in self.end_token_ids:
             self.finish_reason = FinishReason.STOP
             self.stop_reason = token_id if token_id in self.params.stop_token_ids else None
+        elif self.guide is not None and not self.guide.accept(token_id):
+            self.finish_reason = FinishReason.ABORT
         elif len(self.token_ids) >= self.max_length:
             self.finish_reason = FinishReason.LENGTH
 

@@ -15,16 +15,23 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text))
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
     """Token ids of a conversation, up to where the assistant's answer begins.
 
-    messages: each with "role" and "content". Raises RequestError if the model has no chat template
-    or the template refuses them.
+    messages: each with "role" and "content". tools: what the assistant may call, as the OpenAI API
+    describes it. Raises RequestError if the model has no chat template or the template refuses
+    them.
     """
     if not tokenizer.chat_template:
         raise RequestError("the model has no chat template")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # templates raise whatever they like
         raise RequestError(f"the chat template refuses the messages: {error}") from error
     return list(tokenizer.encode(text, add_special_tokens=False))
@@ -38,8 +45,9 @@ class Detokenizer:
     a replacement character, more bytes may be due, and nothing is given out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._context: list[int] = []  # given out, but the next token's neighbours
         self._context_text = ""
         self._pending: list[int] = []
@@ -64,7 +72,9 @@ class Detokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            token_ids,
+            skip_special_tokens=self._skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return text
 
@@ -112,8 +122,14 @@ class TextDelta(NamedTuple):
 class TextStream:
     """The text of one sequence, from its tokens."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], min_tokens: int = 0) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._matcher = StopMatcher(stops)
         self._num_unmatched = min_tokens
 
