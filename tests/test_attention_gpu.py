@@ -9,8 +9,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from qserve.formats.activation import QuantizedActivation
 from qserve.formats.kv import KVFormat
-from qserve.kernels import OpError, PagedBatch, paged_attention, prefill_cuda
+from qserve.kernels import (
+    OpError,
+    PagedBatch,
+    paged_attention,
+    paged_attention_quantize,
+    prefill_cuda,
+    quantize_per_token,
+    rope_append,
+)
 from qserve.testing.paging import attention_in_double, poison, random_batch, random_pool
 
 pytestmark = pytest.mark.gpu
@@ -30,17 +39,18 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         tensor = allocate(*args, **kwargs)  # type: ignore[call-overload]
         return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr("qserve.kernels.attention_cuda.torch.empty", poisoned)
-    monkeypatch.setattr(
-        "qserve.kernels.attention_cuda.torch.empty_like",
-        lambda tensor: allocate_like(tensor).fill_(math.nan),
-    )
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: allocate_like(tensor).fill_(math.nan))
     yield
 
 
 def relative_errors(out: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """One per row."""
     return (out.double() - expected).norm(dim=1) / expected.norm(dim=1)
+
+
+def assert_equal(found: QuantizedActivation, expected: QuantizedActivation) -> None:
+    assert all(torch.equal(part, vars(expected)[name]) for name, part in vars(found).items())
 
 
 def check(
@@ -64,6 +74,8 @@ def check(
     assert out.dtype == dtype
     assert relative_errors(out, expected).max() < limit
     assert torch.equal(out, paged_attention(q, batch, pool, kv_format, dim**-0.5, window))
+    quantized = paged_attention_quantize(q, batch, pool, kv_format, dim**-0.5, window)
+    assert_equal(quantized, quantize_per_token(out))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -121,27 +133,51 @@ def test_decode_does_not_depend_on_the_batch() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-def test_decode_in_a_graph_follows_its_inputs() -> None:
-    pool = random_pool(KVFormat(4, 128, 8), NUM_PAGES, "cuda")
-    first, second = (
-        random_batch(contexts, [1, 1, 1], NUM_PAGES, "cuda")
-        for contexts in ([3000, 1, 200], [70, 2900, 640])
+def test_a_captured_step_follows_its_inputs() -> None:
+    """Append, attention and its int8 output, over two layers, with other lengths, pages and rows in
+    use at every replay."""
+    kv_format, rows, width = KVFormat(4, 128, 8), 6, 50
+    scratch, pages = NUM_PAGES, NUM_PAGES + 1
+    table = torch.rand(width * 64, 128, device="cuda")
+    static = PagedBatch(
+        positions=torch.zeros(rows, dtype=torch.int64, device="cuda"),
+        slots=torch.full((rows,), scratch * 64, dtype=torch.int64, device="cuda"),
+        query_start=torch.arange(rows + 1, dtype=torch.int32, device="cuda"),
+        context_lens=torch.zeros(rows, dtype=torch.int32, device="cuda"),
+        page_table=torch.zeros(rows, width, dtype=torch.int32, device="cuda"),
+        max_query_len=1,
+        max_context_len=width * 64,
     )
-    static = dataclasses.replace(
-        first, context_lens=first.context_lens.clone(), page_table=first.page_table.clone()
-    )
-    q = torch.randn(3, 32, 128, device="cuda", dtype=torch.float16)
-    decode(dataclasses.replace(static, derived={}), q, pool)
+    qkv = torch.randn(2, rows, 48 * 128, device="cuda", dtype=torch.float16)
+    pools = [random_pool(kv_format, pages, "cuda") for _ in range(2)]
+
+    def step(batch: PagedBatch, pools: list[torch.Tensor]) -> list[torch.Tensor]:
+        outputs = []
+        for layer, pool in enumerate(pools):
+            heads = qkv[layer, : len(batch.slots)]
+            q = rope_append(heads, table, batch, pool, kv_format, 32, hadamard=True)
+            quantized = paged_attention_quantize(q, batch, pool, kv_format, 128**-0.5)
+            outputs += [decode(batch, q, pool), *vars(quantized).values()]
+        return outputs
+
+    step(dataclasses.replace(static, derived={}), pools)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step = dataclasses.replace(static, derived={})
-        outputs = [decode(step, q, pool) for _ in range(3)]
-    for batch in (second, first):
-        static.context_lens.copy_(batch.context_lens)
-        static.page_table.zero_()[:, : batch.page_table.shape[1]] = batch.page_table
+        outputs = step(dataclasses.replace(static, derived={}), pools)
+    for contexts in ([3000, 1, 200], [70, 2900, 640, 65, 64, 2049], [3200]):
+        used = len(contexts)
+        batch = random_batch(contexts, [1] * used, NUM_PAGES, "cuda")
+        static.context_lens.zero_()[:used] = batch.context_lens
+        static.page_table[:used, : batch.page_table.shape[1]] = batch.page_table
+        static.positions.zero_()[:used] = batch.positions
+        static.slots.fill_(scratch * 64)[:used] = batch.slots
+        copies = [pool.clone() for pool in pools]
         graph.replay()
-        expected = decode(batch, q, pool)
-        assert all(torch.equal(output, expected) for output in outputs)
+        for output, expected in zip(outputs, step(batch, copies), strict=True):
+            assert torch.equal(output[:used], expected)
+            assert not output[used:].any()
+        for pool, copy in zip(pools, copies, strict=True):
+            assert torch.equal(pool[:scratch], copy[:scratch])
 
 
 def test_sequences_without_context_give_zeros() -> None:

@@ -14,14 +14,16 @@ from torch import Tensor
 from qserve.formats.kv import KVFormat, dequantize_blocks, unpack_codes
 from qserve.kernels import (
     PagedBatch,
-    attention_cuda,
+    decode_cuda,
     jit,
     kv_append_cuda,
     prefill_cuda,
     rope_append,
 )
-from qserve.kernels.attention_cuda import MAX_SPLITS, SPLIT_PAGES, DecodePlan, DecodeShape
+from qserve.kernels.decode_cuda import MAX_SPLITS, SPLIT_PAGES, DecodePlan, DecodeShape
+from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.jit import Kernel
+from qserve.kernels.paged import AttentionInputs
 from qserve.testing.paging import (
     attention_in_double,
     pages_of,
@@ -101,7 +103,7 @@ def test_append(
 def plan(contexts: list[int], queries: list[int], window: int | None = None) -> list[list[int]]:
     """The work list: sequence, row, first page, pages, begin, end, split, splits."""
     batch = random_batch(contexts, queries, sum(map(pages_of, contexts)) + 1)
-    made = DecodePlan.build(batch, 0, window)
+    made = DecodePlan.build(batch, 1, 64, window)
     return made.items[: int(made.item_count)].tolist()
 
 
@@ -139,9 +141,10 @@ def decode(
     window: int | None = None,
     blocks: int = 3,
 ) -> float:
-    """The largest relative error of a row; unused scales and outputs start as NaN."""
-    monkeypatch.setattr(attention_cuda, "_multiprocessors", lambda _: blocks)
-    monkeypatch.setattr(attention_cuda, "_shared_bytes", lambda _: shape.shared_bytes)
+    """The largest relative error of a row; unused scales and outputs start as NaN. Int8 outputs must
+    be the outputs' own."""
+    monkeypatch.setattr(decode_cuda, "_multiprocessors", lambda _: blocks)
+    monkeypatch.setattr(decode_cuda, "_shared_bytes", lambda _: shape.shared_bytes)
     kv_format, num_pages = shape.kv_format, sum(map(pages_of, contexts)) + 2
     batch = random_batch(contexts, [1] * len(contexts), num_pages)
     pool = random_pool(kv_format, num_pages)
@@ -149,7 +152,10 @@ def decode(
     dim = kv_format.head_dim
     q = torch.randn(len(contexts), shape.num_query_heads, dim).to(shape.dtype)
     out = torch.full_like(q, math.nan)
-    attention_cuda._decode(q, batch, pool, kv_format, dim**-0.5, window, out)
+    inputs = AttentionInputs(q, batch, pool, kv_format, dim**-0.5, window)
+    decode_cuda.attend(inputs, out)
+    quantized, own = decode_cuda.attend_quantize(inputs), quantize_per_token(out.flatten(1))
+    assert all(torch.equal(found, vars(own)[name]) for name, found in vars(quantized).items())
     expected = attention_in_double(q, batch, pool, kv_format, dim**-0.5, window)
     return float(((out.flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
@@ -209,10 +215,12 @@ def test_gather(emulator: Emulator, bits: int, dim: int) -> None:
     contexts = [70, 1, 64, 200]
     batch = random_batch(contexts, [70, 1, 5, 9], 10)
     pool = random_pool(kv_format, 10)
+    q = torch.zeros(85, 3, dim, dtype=torch.float16)
+    inputs = AttentionInputs(q, batch, pool, kv_format, dim**-0.5, None)
     plan = prefill_cuda._plan(batch, kv_format, min_query_len=2)
     assert [(run.first, run.rows) for run in plan.runs] == [(0, slice(0, 70)), (2, slice(71, 85))]
     for run, members in zip(plan.runs, ([0], [2, 3]), strict=True):
-        found = prefill_cuda._gather(run, batch, pool, kv_format, torch.float16, 1, 2)
+        found = prefill_cuda._gather(run, inputs, 1, 2)
         for row, start in zip(members, run.key_starts.tolist(), strict=False):
             pages = batch.page_table[row, : pages_of(contexts[row])].long()
             for side, wanted in enumerate(dequantize_blocks(pool[pages], kv_format)):

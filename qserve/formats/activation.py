@@ -22,6 +22,15 @@ class QuantizedActivation:
     scale: Tensor
     row_sum: Tensor
 
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device) -> QuantizedActivation:
+        """Room for [rows, columns], not initialised."""
+        return cls(
+            codes=torch.empty(rows, columns, dtype=torch.int8, device=device),
+            scale=torch.empty(rows, dtype=torch.float32, device=device),
+            row_sum=torch.empty(rows, dtype=torch.int32, device=device),
+        )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[M, K] in `dtype`."""
         return (self.codes.to(torch.float32) * self.scale[:, None]).to(dtype)

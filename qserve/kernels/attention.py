@@ -16,7 +16,7 @@ from qserve.formats.kv import KVFormat, unpack_codes, unpack_scales
 from qserve.formats.layout import PAGE_TOKENS
 from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.op import FLOAT_DTYPES, Contract
-from qserve.kernels.paged import PagedBatch
+from qserve.kernels.paged import AttentionInputs, PagedBatch
 
 QUERY_BLOCK = 128
 """Queries that the reference scores at once: memory stays small, and no one looks past the block."""
@@ -38,18 +38,13 @@ def paged_attention(
     Hq is a multiple of Hkv. Returns [T, Hq * D] in q's dtype.
     What lies in a page past the context is never read as a number.
     """
-    kv_heads, head_dim = kv_format.num_kv_heads, kv_format.head_dim
-    contract = Contract("paged_attention")
-    contract.check("q", q, ("T", "Hq", head_dim), *FLOAT_DTYPES)
-    contract.check("pool", pool, ("pages", kv_heads, kv_format.block_bytes), torch.uint8)
-    contract.check("page_table", batch.page_table, ("B", "P"), torch.int32)
-    contract.check("context_lens", batch.context_lens, ("B",), torch.int32)
-    contract.require(q.shape[1] % kv_heads == 0, f"{q.shape[1]} heads over {kv_heads} KV heads")
+    _check("paged_attention", q, batch, pool, kv_format)
     if q.is_cuda:
         from qserve.kernels import attention_cuda
 
-        return attention_cuda.paged_attention(q, batch, pool, kv_format, scale, window)
-    out = torch.empty(q.shape[0], q.shape[1] * head_dim, dtype=q.dtype)
+        inputs = AttentionInputs(q, batch, pool, kv_format, scale, window)
+        return attention_cuda.paged_attention(inputs)
+    out = torch.empty(q.shape[0], q.shape[1] * kv_format.head_dim, dtype=q.dtype)
     for group in _groups_of_equal_length(batch):
         contexts = _Contexts.read(pool, batch, group.sequences, kv_format)
         out[group.rows] = contexts.attend(q[group.rows], scale, window).to(q.dtype)
@@ -65,7 +60,23 @@ def paged_attention_quantize(
     window: int | None = None,
 ) -> QuantizedActivation:
     """`paged_attention`, rounded to q's dtype, then per-token int8 of [T, Hq * D]."""
+    if q.is_cuda:
+        from qserve.kernels import attention_cuda
+
+        _check("paged_attention_quantize", q, batch, pool, kv_format)
+        inputs = AttentionInputs(q, batch, pool, kv_format, scale, window)
+        return attention_cuda.paged_attention_quantize(inputs)
     return quantize_per_token(paged_attention(q, batch, pool, kv_format, scale, window))
+
+
+def _check(op: str, q: Tensor, batch: PagedBatch, pool: Tensor, kv_format: KVFormat) -> None:
+    kv_heads, head_dim = kv_format.num_kv_heads, kv_format.head_dim
+    contract = Contract(op)
+    contract.check("q", q, ("T", "Hq", head_dim), *FLOAT_DTYPES)
+    contract.check("pool", pool, ("pages", kv_heads, kv_format.block_bytes), torch.uint8)
+    contract.check("page_table", batch.page_table, ("B", "P"), torch.int32)
+    contract.check("context_lens", batch.context_lens, ("B",), torch.int32)
+    contract.require(q.shape[1] % kv_heads == 0, f"{q.shape[1]} heads over {kv_heads} KV heads")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from qserve.formats.kv import KVFormat
-from qserve.kernels.attention_cuda import DecodeShape, combine_kernel, decode_kernel, plan_kernel
+from qserve.kernels.decode_cuda import DecodeShape, combine_kernel, decode_kernel, plan_kernel
 from qserve.kernels.gemm_variants import Policy, gemm_kernel
 from qserve.kernels.jit import Build, Kernel, KernelError, build_all
 from qserve.kernels.kv_append_cuda import AppendShape, append_kernel
 from qserve.kernels.prefill_cuda import gather_kernel
 from qserve.kernels.producers_cuda import PRODUCERS, producer_kernel
+from qserve.kernels.round_columns_cuda import round_columns_kernel
 from qserve.kernels.sass_check import disassemble, hazards
 from qserve.kernels.tiles import tiles_for
 
@@ -94,7 +95,8 @@ def attention_variants(arch: str) -> list[Kernel]:
         kernels += [
             append_kernel(AppendShape(kv_format, heads, dtype, True, True)),
             decode_kernel(DecodeShape(kv_format, heads, dtype, shared, overlap)),
-            combine_kernel(heads, head_dim, dtype),
+            combine_kernel(heads, head_dim, dtype, False),
+            combine_kernel(heads, head_dim, dtype, True),
             gather_kernel(kv_format, dtype),
         ]
     return kernels
@@ -102,7 +104,12 @@ def attention_variants(arch: str) -> list[Kernel]:
 
 def all_variants(arch: str) -> list[Kernel]:
     """Every kernel variant of an architecture."""
-    return gemm_variants(arch) + producer_variants() + attention_variants(arch)
+    return [
+        *gemm_variants(arch),
+        *producer_variants(),
+        *attention_variants(arch),
+        round_columns_kernel(),
+    ]
 
 
 def compile_kernels(archs: Sequence[str]) -> list[Resources]:

@@ -1,4 +1,4 @@
-"""Where a batch's tokens live: the index tensors that paged ops share."""
+"""What paged ops share: where a batch's tokens live, and what attention over them takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from qserve.formats.kv import KVFormat
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class PagedBatch:
     positions: int64 [T]. slots: int64 [T], page * 64 + offset, where each token's K and V go.
     query_start: int32 [B + 1], the sequences' first tokens. context_lens: int32 [B], tokens held
     once this batch's are appended. page_table: int32 [B, P], the sequences' pages in order.
+    lengths: (queries, context) of each sequence as the host knows them; without them, prefill on a
+    GPU waits for the device's.
     derived: what ops have worked out from these tensors for all layers; a step whose tensors hold
     something new is a new batch.
     """
@@ -26,4 +30,26 @@ class PagedBatch:
     page_table: Tensor
     max_query_len: int
     max_context_len: int
+    lengths: tuple[tuple[int, int], ...] | None = None
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The arguments of `attention.paged_attention`."""
+
+    q: Tensor
+    batch: PagedBatch
+    pool: Tensor
+    kv_format: KVFormat
+    scale: float
+    window: int | None
+
+    @property
+    def num_query_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_query_heads // self.kv_format.num_kv_heads

@@ -6,19 +6,20 @@ attention runs: a few sequences, and where those are long a few heads, at a time
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qserve.formats.kv import KVFormat
 from qserve.formats.layout import PAGE_TOKENS
 from qserve.kernels.jit import Kernel
-from qserve.kernels.paged import PagedBatch
+from qserve.kernels.paged import AttentionInputs, PagedBatch
 
 WORKSPACE_BYTES = 256 * 2**20
 """Dequantized K and V at a time; a single head of a single sequence may take more."""
@@ -26,28 +27,19 @@ WORKSPACE_BYTES = 256 * 2**20
 THREADS = 256
 
 
-def attend(
-    q: Tensor,
-    batch: PagedBatch,
-    pool: Tensor,
-    kv_format: KVFormat,
-    scale: float,
-    window: int | None,
-    min_query_len: int,
-    out: Tensor,
-) -> int:
+def attend(inputs: AttentionInputs, min_query_len: int, out: Tensor) -> int:
     """Fill the rows of out [T, Hq, D] whose sequences have at least `min_query_len` queries.
 
-    q: [T, Hq, D]. Returns how many rows those are. The first call for a batch waits for its lengths.
+    Returns how many rows those are.
     """
-    group = q.shape[1] // kv_format.num_kv_heads
-    plan = _plan(batch, kv_format, min_query_len)
+    group = inputs.group
+    plan = _plan(inputs.batch, inputs.kv_format, min_query_len)
     for run in plan.runs:
-        for first in range(0, kv_format.num_kv_heads, plan.heads):
-            heads = min(plan.heads, kv_format.num_kv_heads - first)
+        for first in range(0, inputs.kv_format.num_kv_heads, plan.heads):
+            heads = min(plan.heads, inputs.kv_format.num_kv_heads - first)
             where = (run.rows, slice(first * group, (first + heads) * group))
-            keys, values = _gather(run, batch, pool, kv_format, q.dtype, first, heads)
-            out[where] = _flash(q[where], keys, values, run, scale, window)
+            keys, values = _gather(run, inputs, first, heads)
+            _flash(out[where], inputs.q[where], keys, values, run, inputs)
     return sum(run.rows.stop - run.rows.start for run in plan.runs)
 
 
@@ -84,21 +76,21 @@ def _plan(batch: PagedBatch, kv_format: KVFormat, min_query_len: int) -> _Plan:
 
 
 def _make_plan(batch: PagedBatch, kv_format: KVFormat, min_query_len: int) -> _Plan:
-    sequences = len(batch.context_lens)
-    lengths = torch.cat((batch.query_start, batch.context_lens)).tolist()
-    starts, contexts = lengths[: sequences + 1], lengths[sequences + 1 :]
-    chunks = [
-        (index, contexts[index])
-        for index in range(sequences)
-        if starts[index + 1] - starts[index] >= min_query_len
-    ]
-    longest = max((context for _, context in chunks), default=1)
+    lengths = batch.lengths or _read_lengths(batch)
+    chunks = [i for i, (queries, _) in enumerate(lengths) if queries >= min_query_len]
+    longest = max((lengths[i][1] for i in chunks), default=1)
     head_bytes = 2 * kv_format.head_dim * 2
     heads = min(max(WORKSPACE_BYTES // (longest * head_bytes), 1), kv_format.num_kv_heads)
     limit = WORKSPACE_BYTES // (heads * head_bytes)
-    device = batch.page_table.device
-    runs = [_make_run(run, starts, contexts, device) for run in _runs(chunks, limit)]
-    return _Plan(runs, heads)
+    starts = [0, *accumulate(queries for queries, _ in lengths)]
+    runs = _runs([(i, lengths[i][1]) for i in chunks], limit)
+    return _Plan([_make_run(batch, run, starts, lengths) for run in runs], heads)
+
+
+def _read_lengths(batch: PagedBatch) -> tuple[tuple[int, int], ...]:
+    """The host waits for the device."""
+    queries = batch.query_start.diff()
+    return tuple(zip(queries.tolist(), batch.context_lens.tolist(), strict=True))
 
 
 def _runs(chunks: list[tuple[int, int]], limit: int) -> Iterator[range]:
@@ -114,35 +106,34 @@ def _runs(chunks: list[tuple[int, int]], limit: int) -> Iterator[range]:
         yield range(first, end)
 
 
-def _make_run(run: range, starts: list[int], contexts: list[int], device: torch.device) -> _Run:
+def _make_run(
+    batch: PagedBatch, run: range, starts: list[int], lengths: Sequence[tuple[int, int]]
+) -> _Run:
+    """Index tensors come from the batch's, on the device, which nobody waits for."""
+    sequences = slice(run.start, run.stop)
+    queries, contexts = zip(*lengths[sequences], strict=True)
     rows = slice(starts[run.start], starts[run.stop])
-    query_starts = [start - rows.start for start in starts[run.start : run.stop + 1]]
-    key_starts = [0, *accumulate(contexts[run.start : run.stop])]
+    key_ends = batch.context_lens[sequences].cumsum(0, dtype=torch.int32)
     return _Run(
         first=run.start,
         rows=rows,
-        query_starts=torch.tensor(query_starts, dtype=torch.int32, device=device),
-        key_starts=torch.tensor(key_starts, dtype=torch.int32, device=device),
-        tokens=key_starts[-1],
-        max_query_len=max(end - start for start, end in pairwise(query_starts)),
-        max_context_len=max(contexts[run.start : run.stop]),
+        query_starts=batch.query_start[run.start : run.stop + 1] - rows.start,
+        key_starts=functional.pad(key_ends, (1, 0)),
+        tokens=sum(contexts),
+        max_query_len=max(queries),
+        max_context_len=max(contexts),
     )
 
 
 def _gather(
-    run: _Run,
-    batch: PagedBatch,
-    pool: Tensor,
-    kv_format: KVFormat,
-    dtype: torch.dtype,
-    first_head: int,
-    heads: int,
+    run: _Run, inputs: AttentionInputs, first_head: int, heads: int
 ) -> tuple[Tensor, Tensor]:
     """K and V of a run's sequences, one after the other, [tokens, heads, D]."""
+    pool, kv_format, dtype = inputs.pool, inputs.kv_format, inputs.q.dtype
     shape = (run.tokens, heads, kv_format.head_dim)
     keys, values = (torch.empty(shape, dtype=dtype, device=pool.device) for _ in range(2))
     grid = (-(-run.max_context_len // PAGE_TOKENS), heads, len(run.key_starts) - 1)
-    table = batch.page_table[run.first :]
+    table = inputs.batch.page_table[run.first :]
     arguments = (pool, table, run.key_starts, keys, values, table.shape[1], first_head, heads)
     gather_kernel(kv_format, dtype)(pool.device, grid, arguments)
     return keys, values
@@ -168,26 +159,24 @@ def gather_kernel(kv_format: KVFormat, dtype: torch.dtype) -> Kernel:
 
 
 def _flash(
-    q: Tensor, keys: Tensor, values: Tensor, run: _Run, scale: float, window: int | None
-) -> Tensor:
-    """Causal, the queries being each sequence's last positions: [rows, heads, D]."""
-    output: Tensor = torch.ops.aten._flash_attention_forward(
-        q,
-        keys,
-        values,
-        run.query_starts,
-        run.key_starts,
-        run.max_query_len,
-        run.max_context_len,
-        dropout_p=0.0,
-        is_causal=True,
-        return_debug_mask=False,
-        scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+    out: Tensor, q: Tensor, keys: Tensor, values: Tensor, run: _Run, inputs: AttentionInputs
+) -> None:
+    """Into out [rows, heads, D], causal, the queries being each sequence's last positions."""
+    window = inputs.window
+    lengths = (run.query_starts, run.key_starts, run.max_query_len, run.max_context_len)
+    options: dict[str, Any] = {
+        "scale": inputs.scale,
+        "window_size_left": None if window is None else window - 1,
+        "window_size_right": None if window is None else 0,
         **_unsplit(),
-    )[0]
-    return output
+    }
+    dropout, causal, debug = 0.0, True, False
+    arguments = (q, keys, values, *lengths, dropout, causal, debug)
+    in_place = getattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace", None)
+    if in_place is not None:
+        in_place(out, *arguments, **options)
+    else:  # before torch 2.11
+        out.copy_(torch.ops.aten._flash_attention_forward(*arguments, **options)[0])
 
 
 @cache

@@ -264,6 +264,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
+inline int __float2int_rn(float a) { return std::nearbyint(a); }
 
 template <class T>
 T __ldg(const T* address) {

@@ -1,21 +1,18 @@
-// Adds up the splits of sequences that have several; a warp per sequence and query head.
-#include "half.cuh"
-
-constexpr int WARPS = 4;
-constexpr int WIDTH = HEAD_DIM / 32;  // channels of a thread
+// The end of a decode step's attention: the splits of a sequence are added up, and if QUANTIZE the
+// token's row becomes int8. A block takes HEADS query heads of a sequence; all, if QUANTIZE.
+#include "quantize_row.cuh"
 
 struct Arguments {
   const float* partials;
   const float2* partial_sums;
   const int* splits;
   const int* query_start;
-  uint16* out;
+  uint16* out;  // has the rows of sequences that were not split
   int max_splits;
+  Quantized quantized;  // if QUANTIZE; every sequence then has one query
 };
 
-struct alignas(WIDTH * 4) Channels {
-  float at[WIDTH];
-};
+__shared__ float shares[HEADS][MAX_SPLITS];
 
 // Lane s gets the share of split s in the whole.
 DEVICE float share_of(float2 sums) {
@@ -30,28 +27,51 @@ DEVICE float share_of(float2 sums) {
   return share / total;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) decode_combine(const Arguments arguments) {
-  const int sequence = blockIdx.y, head = blockIdx.x * WARPS + threadIdx.x / 32,
-            lane = threadIdx.x % 32;
-  const int splits = arguments.splits[sequence], row = arguments.query_start[sequence];
+// first: the sequence's first split of the block's first head.
+DEVICE void find_shares(const float2* first, int splits) {
+  const int lane = threadIdx.x % 32;
+  for (int head = threadIdx.x / 32; head < HEADS; head += WARPS) {
+    const float2 nothing = {minus_infinity(), 0.0f};
+    shares[head][lane] = share_of(lane < splits ? first[lane * QUERY_HEADS + head] : nothing);
+  }
+  __syncthreads();
+}
+
+DEVICE void add_splits(float (&sum)[WIDTH], const float* first, int splits, int vector) {
+  const int head = vector * WIDTH / HEAD_DIM;
+  const float4* part = reinterpret_cast<const float4*>(first) + vector * 2;
+#pragma unroll
+  for (int i = 0; i < WIDTH; i++) sum[i] = 0;
+#pragma unroll 8
+  for (int split = 0; split < splits; split++) {
+    const float4* values = part + split * (QUERY_HEADS * HEAD_DIM / 4);
+    const float4 a = values[0], b = values[1];
+    const float value[WIDTH] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    const float share = shares[head][split];
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) sum[i] = fmaf(share, value[i], sum[i]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) decode_combine(const Arguments arguments) {
+  const int sequence = blockIdx.x, first_head = blockIdx.y * HEADS;
+  const int splits = arguments.splits[sequence];
+  const int64 row = arguments.query_start[sequence];
   launch_dependents();
   wait_for_predecessor();
-  if (splits <= 1 || head >= QUERY_HEADS) return;
-  const int64 first = static_cast<int64>(sequence) * arguments.max_splits * QUERY_HEADS + head;
-  const float share = share_of(lane < splits ? arguments.partial_sums[first + lane * QUERY_HEADS]
-                                             : float2{minus_infinity(), 0.0f});
-  const Channels* part =
-      reinterpret_cast<const Channels*>(arguments.partials + first * HEAD_DIM) + lane;
-  Channels sum = {};
-#pragma unroll 16
-  for (int split = 0; split < splits; split++) {
-    const Channels value = part[split * QUERY_HEADS * 32];
-    const float weight = __shfl_sync(FULL_WARP, share, split);
-#pragma unroll
-    for (int i = 0; i < WIDTH; i++) sum.at[i] = fmaf(weight, value.at[i], sum.at[i]);
-  }
-  uint32* target = reinterpret_cast<uint32*>(
-      arguments.out + (static_cast<int64>(row) * QUERY_HEADS + head) * HEAD_DIM + lane * WIDTH);
-#pragma unroll
-  for (int i = 0; i < WIDTH; i += 2) target[i / 2] = pack_pair<BFLOAT16>(sum.at[i], sum.at[i + 1]);
+  if (!QUANTIZE && splits <= 1) return;
+  uint16* out = arguments.out + (row * QUERY_HEADS + first_head) * HEAD_DIM;
+  const int64 first =
+      static_cast<int64>(sequence) * arguments.max_splits * QUERY_HEADS + first_head;
+  if (splits > 1) find_shares(arguments.partial_sums + first, splits);
+  Values values;
+  values.each([&](int vector, float(&v)[WIDTH]) {
+    if (splits <= 1) return load_vector(v, out, vector);
+    add_splits(v, arguments.partials + first * HEAD_DIM, splits, vector);
+    if (QUANTIZE)
+      unpack_vector<BFLOAT16>(pack_vector<BFLOAT16>(v), v);
+    else
+      store_vector(out, vector, v);
+  });
+  if constexpr (QUANTIZE) quantize_row(values, arguments.quantized, row);
 }
