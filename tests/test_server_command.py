@@ -11,6 +11,7 @@ import pytest
 
 from qserve.cli import main
 from qserve.config import ServerConfig
+from qserve.server.async_engine import AsyncEngine
 
 
 def serve(*arguments: object) -> int | str | None:
@@ -21,8 +22,8 @@ def serve(*arguments: object) -> int | str | None:
 
 def test_every_option_reaches_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[tuple[Any, ...]] = []
-    engine = SimpleNamespace(tokenizer="tokenizer")
-    monkeypatch.setattr("qserve.cli.commands.load_engine", lambda *_: engine)
+    engine = SimpleNamespace(tokenizer="tokenizer", stats=None)
+    monkeypatch.setattr("qserve.cli.serving.load_engine", lambda *_: engine)
     monkeypatch.setattr("qserve.cli.serving.run_server", lambda *given: served.append(given))
     monkeypatch.setattr("qserve.cli.serving.check_tls", lambda _: None)
     monkeypatch.delenv("QSERVE_API_KEY", raising=False)
@@ -33,7 +34,7 @@ def test_every_option_reaches_the_server(tmp_path: Path, monkeypatch: pytest.Mon
         *("--tls-certificate", "c.pem", "--tls-key", "k.pem", "--log-requests"),
     )
     assert serve(*options) == 0 and serve() == 0
-    assert served[0][:3] == (engine, "tokenizer", "model")
+    assert isinstance(served[0][0], AsyncEngine) and served[0][1:3] == ("tokenizer", "model")
     assert served[0][4] == ServerConfig(
         port=0,
         max_requests=7,
@@ -51,7 +52,7 @@ def test_every_option_reaches_the_server(tmp_path: Path, monkeypatch: pytest.Mon
 def test_mistakes_end_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qserve.cli.commands.load_engine", lambda *_: sys.exit("loaded"))
+    monkeypatch.setattr("qserve.cli.serving.load_engine", lambda *_: sys.exit("loaded"))
     file = tmp_path / "file"
     file.write_text("no certificate")
     for options, message in (
@@ -64,3 +65,12 @@ def test_mistakes_end_before_the_model_is_loaded(
         code = serve(*options)
         assert isinstance(code, str) and code.startswith("error: ") and message in code
     assert serve() == "loaded"
+
+
+def test_replicas_need_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qserve.cli.serving.load_engine", lambda *_: sys.exit("loaded"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in ("qserve.server.replicas", "qserve.server.prefix_router"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    code = serve("--replicas", 2)
+    assert isinstance(code, str) and "qserve[replicas]" in code

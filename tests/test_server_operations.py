@@ -258,6 +258,7 @@ SERVER = """
 import sys
 from qserve.cli import serving
 from qserve.cli.serving import bound_socket, check_tls, run_server
+from qserve.server.async_engine import AsyncEngine
 from qserve.config import ServerConfig
 from qserve.testing.stub_engine import StubEngine
 from qserve.testing.tiny import tiny_tokenizer
@@ -268,7 +269,7 @@ check_tls(config)
 tokenizer = tiny_tokenizer()
 engine = StubEngine(tokenizer, step_seconds=0.005, max_model_len=10**7)
 with bound_socket(config) as listener:
-    run_server(engine, tokenizer, "stub", listener, config)
+    run_server(AsyncEngine(engine, config.max_requests), tokenizer, "stub", listener, config)
 """
 
 

@@ -121,9 +121,12 @@ def serve(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Write a line of JSON per request to stdout.")
     ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engines on Ray Serve, one a GPU; else one, here.", min=1)
+    ] = None,
 ) -> None:
     """Serve a model over the OpenAI API until interrupted."""
-    from qserve.cli.serving import bound_socket, check_tls, read_api_keys, run_server
+    from qserve.cli.serving import bound_socket, check_tls, open_engine, read_api_keys, run_server
 
     config = ServerConfig(
         host=host,
@@ -139,8 +142,9 @@ def serve(
     )
     check_tls(config)
     with bound_socket(config) as listener:
-        engine = load_engine(model, precision, EngineConfig(kv_bits=bits_of(kv)))
-        run_server(engine, engine.tokenizer, display_name(model), listener, config)
+        settings = EngineConfig(kv_bits=bits_of(kv))
+        engine, tokenizer = open_engine(model, precision, settings, replicas, config.max_requests)
+        run_server(engine, tokenizer, display_name(model), listener, config)
 
 
 @app.command()

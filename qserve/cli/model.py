@@ -30,15 +30,23 @@ def load_engine(model: str, precision: str | None, config: EngineConfig) -> Engi
     The latter runs in `precision` if one is given; else it is quantized, once, into the cache.
     """
     from qserve.engine.engine import Engine
+
+    served = servable(model, precision)
+    if precision is not None:
+        config = replace(config, dtype=PRECISIONS[precision])
+    return Engine.load(served, config)
+
+
+def servable(model: str, precision: str | None) -> str:
+    """The model itself, if it is quantized or to run in a precision; else its quantized copy."""
     from qserve.models.source import open_source
 
     source = open_source(model)
-    if precision is None:
-        quantized = model if source.quantization else str(quantized_copy(model, source))
-        return Engine.load(quantized, config)
-    if source.quantization:
+    if precision is not None and source.quantization:
         raise ConfigError(f"--precision is for unquantized models, and {model} is quantized")
-    return Engine.load(model, replace(config, dtype=PRECISIONS[precision]))
+    if precision is None and not source.quantization:
+        return str(quantized_copy(model, source))
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def quantized_copy(model: str, source: WeightSource) -> Path:

@@ -8,18 +8,21 @@ import signal
 import socket
 import ssl
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from transformers import PreTrainedTokenizerBase
 
-from qserve.cli.model import console
+from qserve.cli.model import console, load_engine, servable
 from qserve.cli.options import API_KEY_VARIABLE
-from qserve.config import ConfigError, ServerConfig
+from qserve.config import ConfigError, EngineConfig, ServerConfig
+from qserve.models.source import open_source
 from qserve.server.app import create_app
-from qserve.server.async_engine import AsyncEngine, ServedEngine
+from qserve.server.async_engine import AsyncEngine
 from qserve.server.middleware import request_logger
+from qserve.server.shared_engine import SharedEngine
 
 LAST_SECONDS = 30
 """How long clients may take, once all answers are there, to read them or to send half a request."""
@@ -62,8 +65,35 @@ def bound_socket(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def open_engine(
+    model: str,
+    precision: str | None,
+    config: EngineConfig,
+    replicas: int | None,
+    max_requests: int,
+) -> tuple[SharedEngine, PreTrainedTokenizerBase]:
+    """The model in this process or in `replicas` of Ray Serve, ready; and its tokenizer."""
+    if replicas is not None:
+        return _start_replicas(model, precision, config, replicas, max_requests)
+    engine = load_engine(model, precision, config)
+    return AsyncEngine(engine, max_requests), engine.tokenizer
+
+
+def _start_replicas(
+    model: str, precision: str | None, config: EngineConfig, replicas: int, max_requests: int
+) -> tuple[SharedEngine, PreTrainedTokenizerBase]:
+    try:
+        from qserve.server.replicas import ReplicatedEngine, start_replicas
+    except ImportError as error:
+        raise ConfigError(f"--replicas needs pip install 'qserve[replicas]': {error}") from error
+    served = servable(model, precision)
+    tokenizer = open_source(served).tokenizer()
+    handle = start_replicas(partial(load_engine, served, precision, config), replicas)
+    return ReplicatedEngine(handle, max_requests), tokenizer
+
+
 def run_server(
-    engine: ServedEngine,
+    engine: SharedEngine,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     listener: socket.socket,
@@ -72,8 +102,7 @@ def run_server(
     """Serve until SIGINT or SIGTERM; admitted requests may then finish, unless a second follows."""
     if config.log_requests:
         _log_requests_to_stdout()
-    serving = AsyncEngine(engine, config.max_requests)
-    application = create_app(serving, tokenizer, name, config)
+    application = create_app(engine, tokenizer, name, config)
     host, port = listener.getsockname()[:2]
     scheme = "http" if config.tls_certificate is None else "https"
     console.print(f"serving {name} at {scheme}://{host}:{port}/v1", highlight=False)
@@ -87,7 +116,7 @@ def run_server(
         ssl_certfile=config.tls_certificate,
         ssl_keyfile=config.tls_key,
     )
-    _DrainingServer(options, serving).run(sockets=[listener])
+    _DrainingServer(options, engine).run(sockets=[listener])
 
 
 def _log_requests_to_stdout() -> None:
@@ -99,7 +128,7 @@ def _log_requests_to_stdout() -> None:
 class _DrainingServer(uvicorn.Server):
     """Goes on listening after the first signal, to say that it is shutting down, until it is idle."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: SharedEngine) -> None:
         super().__init__(config)
         self._engine = engine
 

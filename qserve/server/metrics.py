@@ -22,7 +22,7 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:num_requests_waiting": ("Sequences that wait to be computed.", lambda s: s.waiting),
     "vllm:kv_cache_usage_perc": (
         "Share of the KV cache's pages in use; 1 is all of them.",
-        lambda s: s.pages_used / s.pages_total,
+        lambda s: s.pages_used / max(1, s.pages_total),
     ),
     "qserve:kv_cache_pages": ("Pages of the KV cache.", lambda s: s.pages_total),
 }
