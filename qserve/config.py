@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,9 @@ class ConfigError(ValueError):
 class EngineConfig:
     """How the engine runs.
 
-    max_num_sequences: sequences that decode together at most.
-    max_batched_tokens: tokens computed per step at most, decodes and prefill chunks together.
+    max_num_sequences: sequences that decode together at most; None is what suits the device.
+    max_batched_tokens: tokens computed per step at most, decodes and prefill chunks together. More
+        is faster, fewer keep those who decode from waiting for others' prompts; None is for speed.
     max_model_len: tokens of prompt and output together at most; None takes the model's own limit.
     kv_bits: bits per element of the key-value cache, 4, 8 or 16; None is what the checkpoint says,
         or 16 for a model that is not quantized.
@@ -32,8 +34,8 @@ class EngineConfig:
     device: "auto" is the GPU where there is one.
     """
 
-    max_num_sequences: int = 64
-    max_batched_tokens: int = 1024
+    max_num_sequences: int | None = None
+    max_batched_tokens: int | None = None
     max_model_len: int | None = None
     kv_bits: int | None = None
     activation_bits: int | None = None
@@ -45,8 +47,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_num_sequences", "max_batched_tokens", "max_model_len", "num_pages"):
-            _check_positive(name, getattr(self, name), name in ("max_model_len", "num_pages"))
-        if self.max_batched_tokens < self.max_num_sequences:
+            _check_positive(name, getattr(self, name), optional=True)
+        if (self.max_batched_tokens or math.inf) < (self.max_num_sequences or 0):
             raise ConfigError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_sequences "
                 f"{self.max_num_sequences}: every running sequence needs one token a step"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qserve import LLM, SamplingParams
 from qserve.config import ConfigError, EngineConfig
+from qserve.engine.device import DevicePolicy
 from qserve.engine.engine import Engine
 from qserve.engine.kv_cache import kv_format_of
 from qserve.engine.llm import Completion
@@ -72,9 +73,21 @@ def expected_tokens(prompt: int, params: int, kv_bits: int = 4, index: int = 0) 
     return naive_generate(tiny_decoder(), PROMPTS[prompt], PARAMS[params], kv_format, index)
 
 
-def make_engine(**settings: Any) -> Engine:
+def do_twice(work: Callable[[], None]) -> Callable[[], None]:
+    """Records nothing: a replay does the work again, on the same static tensors."""
+    work()
+    return work
+
+
+PLAIN = DevicePolicy.of(torch.device("cpu"))
+AHEAD = replace(PLAIN, steps_ahead=1)
+REPLAYED = replace(AHEAD, capture=do_twice)
+
+
+def make_engine(policy: DevicePolicy | None = None, **settings: Any) -> Engine:
     defaults = {"max_num_sequences": 4, "max_batched_tokens": 64, "num_pages": 16, "kv_bits": 4}
-    return Engine(tiny_decoder(), TOKENIZER, EngineConfig(**(defaults | settings)))
+    config = EngineConfig(**(defaults | settings))
+    return Engine(tiny_decoder(), TOKENIZER, config, policy=policy)
 
 
 def collect(engine: Engine, results: dict[str, dict[int, Completion]]) -> None:
@@ -99,7 +112,7 @@ def run_one(engine: Engine, prompt: list[int], params: SamplingParams) -> Comple
     return run_all(engine)["only"][0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=7
@@ -109,6 +122,7 @@ def run_one(engine: Engine, prompt: list[int], params: SamplingParams) -> Comple
     extra_budget=st.integers(0, 200),
     num_pages=st.integers(3, 12),
     prefix_caching=st.booleans(),
+    policy=st.sampled_from([PLAIN, AHEAD, REPLAYED]),
 )
 def test_tokens_equal_naive_generation_in_any_schedule(
     requests: list[tuple[int, int, int]],
@@ -117,9 +131,11 @@ def test_tokens_equal_naive_generation_in_any_schedule(
     extra_budget: int,
     num_pages: int,
     prefix_caching: bool,
+    policy: DevicePolicy,
 ) -> None:
     """requests: (prompt, params, step of arrival). aborts: step -> request."""
     engine = make_engine(
+        policy,
         max_num_sequences=max_num_sequences,
         max_batched_tokens=max_num_sequences + extra_budget,
         num_pages=num_pages,
@@ -335,7 +351,7 @@ def test_llm_refuses_all_prompts_if_one_is_bad(llm: LLM) -> None:
     [
         {"kv_bits": 5},
         {"num_pages": 0},
-        {"max_batched_tokens": 3},
+        {"max_batched_tokens": 3, "max_num_sequences": 4},
         {"gpu_memory_utilization": 1.5},
         {"dtype": "float64"},
         {"max_model_len": "long"},

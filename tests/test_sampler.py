@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qserve.engine.logprobs import token_logprobs
+from qserve.engine.logprobs import Scores
 from qserve.engine.request import RequestError, SamplingParams
-from qserve.engine.sampler import _keep_top_p, sample, uniform
+from qserve.engine.sampler import Row, Sampler, _keep_top_p, uniform
 from qserve.engine.sequence import Sequence, sequence_seed
 
 VOCAB = 24
@@ -29,6 +29,12 @@ def make_row(
 def reseeded(row: Sequence, seed: int) -> Sequence:
     prompt, output = row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :]
     return make_row(row.params, prompt, output, seed)
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """By a sampler that has not met the sequences before."""
+    rows = [Row(sequence, len(sequence.token_ids)) for sequence in sequences]
+    return Sampler().sample(logits, rows)
 
 
 def sample_alone(logits: list[float], row: Sequence) -> int:
@@ -125,6 +131,33 @@ def test_each_row_of_a_mixed_batch_equals_the_oracle(rows: list[Sequence], noise
     assert torch.equal(logits, before)
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(all_rows, min_size=1, max_size=4), seed=st.integers(0, 10**6))
+def test_tokens_count_before_the_host_has_seen_them(rows: list[Sequence], seed: int) -> None:
+    generator, sampler = torch.Generator().manual_seed(seed), Sampler()
+    texts = [list(row.token_ids) for row in rows]
+    for _ in range(4):
+        logits = 2 * torch.randn(len(rows), VOCAB, generator=generator) - 1
+        known = [make_row(row.params, [], [], row.seed) for row in rows]
+        for row, copy, text in zip(rows, known, texts, strict=True):
+            copy.token_ids, copy.num_prompt_tokens = text, row.num_prompt_tokens
+        lengths = [Row(row, len(text)) for row, text in zip(rows, texts, strict=True)]
+        token_ids = sampler.sample(logits, lengths).tolist()
+        assert token_ids == sample(logits, known).tolist()
+        for text, token_id in zip(texts, token_ids, strict=True):
+            text.append(token_id)
+
+
+def test_the_counts_of_a_sequence_that_is_gone_make_room() -> None:
+    sampler, params = Sampler(), SamplingParams(temperature=0, frequency_penalty=50)
+    logits = torch.arange(VOCAB).float()[None]
+    for _ in range(40):
+        row = make_row(params, [1], [])
+        assert int(sampler.sample(logits, [Row(row, 1)])) == VOCAB - 1
+        assert int(sampler.sample(logits, [Row(row, 2)])) == VOCAB - 2
+    assert sampler._counts._table is not None and len(sampler._counts._table) < 40
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -182,7 +215,7 @@ def test_zero_noise_takes_the_first_token_that_is_possible(monkeypatch: pytest.M
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, [1000, 0, 0]), (0.501, [1000, 999, 0])])
 def test_top_p_is_exact_to_the_last_unit(top_p: float, kept: list[int]) -> None:
     shares = torch.tensor([[1000, 999, 1]])
-    rows = [make_row(SamplingParams(top_p=top_p), [1], [])]
+    rows = [Row(make_row(SamplingParams(top_p=top_p), [1], []), 1)]
     assert _keep_top_p(shares, rows).tolist() == [kept]
 
 
@@ -222,7 +255,7 @@ def test_logprobs_are_those_of_the_unchanged_distribution() -> None:
     logits = 3 * torch.randn(5, VOCAB)
     token_ids = torch.tensor([0, 3, 5, 7, 9])
     exact = logits.double().log_softmax(-1)
-    for row, score in enumerate(token_logprobs(logits, token_ids, 4)):
+    for row, score in enumerate(Scores.of(logits, token_ids, 4).entries()):
         ordered = exact[row].sort(descending=True)
         token = int(token_ids[row])
         assert score.token_id == token
@@ -230,7 +263,7 @@ def test_logprobs_are_those_of_the_unchanged_distribution() -> None:
         assert score.rank == ordered.indices.tolist().index(token) + 1
         assert [t for t, _ in score.top] == ordered.indices[:4].tolist()
         assert [x for _, x in score.top] == pytest.approx(ordered.values[:4].tolist(), abs=1e-5)
-    assert token_logprobs(logits[:1], token_ids[:1], 0)[0].top == ()
+    assert next(Scores.of(logits[:1], token_ids[:1], 0).entries()).top == ()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,6 @@ def throughput(
         raise typer.BadParameter("--breakdown is for --dummy-weights on a GPU")
     limits = EngineConfig(
         max_num_sequences=max_batch or num_requests,
-        max_batched_tokens=max(max_batch or num_requests, EngineConfig.max_batched_tokens),
         max_model_len=input_len + output_len,
         kv_bits=bits_of(kv),
     )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qserve.config import ConfigError, EngineConfig
-from qserve.engine.batch import build_batch
 from qserve.engine.block_pool import BlockPool
+from qserve.engine.device import DevicePolicy
 from qserve.engine.grammar import GrammarCompiler
 from qserve.engine.kv_cache import choose_num_pages, kv_format_of
 from qserve.engine.loading import UNQUANTIZED, load_model
-from qserve.engine.logprobs import prompt_logprobs, sampled_logprobs
+from qserve.engine.logprobs import Place, ScoredTokens, score_prompts, score_sampled
 from qserve.engine.output import RequestState
 from qserve.engine.request import (
     FinishReason,
@@ -25,10 +25,11 @@ from qserve.engine.request import (
     SequenceOutput,
     TokenLogprob,
 )
-from qserve.engine.runner import ModelRunner
-from qserve.engine.sampler import sample
+from qserve.engine.runner import CacheShape, ModelRunner, StepOutput
+from qserve.engine.sampler import Row, Sampler
 from qserve.engine.scheduler import Scheduler, StepPlan
-from qserve.engine.sequence import Sequence, sequence_seed
+from qserve.engine.sequence import Sequence, SequenceStatus, sequence_seed
+from qserve.engine.step import StepUnderWay
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.formats.layout import PAGE_TOKENS
 from qserve.models.decoder import Decoder
@@ -53,6 +54,7 @@ class Engine:
     """Serves requests on one decoder with a paged cache. Not thread-safe: one thread owns it.
 
     quantization: what the checkpoint says of its cache; by default, that it is not quantized.
+    policy: how the decoder's device is used; None is what suits it.
     """
 
     def __init__(
@@ -61,25 +63,33 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         config: EngineConfig,
         quantization: QuantizationConfig = UNQUANTIZED,
+        policy: DevicePolicy | None = None,
     ) -> None:
+        self._policy = policy or DevicePolicy.of(decoder.device)
         self.config = config
         self.tokenizer = tokenizer
         self.model = decoder.config
         self.max_model_len = _max_model_len(config, self.model.max_positions)
         self.kv_format = kv_format_of(decoder, config.kv_bits or quantization.kv_bits)
+        self.limits = self._policy.limits(config, self.max_model_len)
         page_bytes = self.model.num_layers * self.kv_format.page_bytes
-        num_pages = choose_num_pages(config, page_bytes, self.max_model_len, decoder.device)
+        num_pages = choose_num_pages(config, self.limits, page_bytes, decoder.device)
         self._pool = BlockPool(num_pages, PAGE_TOKENS)
         self._scheduler = Scheduler(
             self._pool,
-            config.max_num_sequences,
-            config.max_batched_tokens,
+            self.limits.max_num_sequences,
+            self.limits.max_batched_tokens,
             self.max_model_len,
             config.enable_prefix_caching,
         )
         self._runner = ModelRunner(
-            decoder, self.kv_format, num_pages, self.max_model_len, quantization.k_hadamard
+            decoder,
+            CacheShape(self.kv_format, num_pages, quantization.k_hadamard),
+            self.limits,
+            self._policy.capture,
         )
+        self._sampler = Sampler()
+        self._under_way: deque[StepUnderWay] = deque()
         self._grammars = GrammarCompiler(tokenizer, self.model.vocab_size, self.model.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
         self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
@@ -151,6 +161,9 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Advance every running sequence by one step; return what each request gained.
 
+        On a device that works while the host does, that is what the step before gained, and nothing
+        after the first.
+
         If a step fails, what it was to write is unknown: all requests are aborted, the prefix cache
         is forgotten, and the error is raised. The engine can go on with new requests.
         """
@@ -159,19 +172,29 @@ class Engine:
         except Exception:
             for request_id in tuple(self._requests):
                 self.abort(request_id)
+            self._under_way.clear()
             self._pool.forget()
             raise
 
     def _advance(self) -> list[RequestOutput]:
         plan = self._scheduler.schedule()
-        batch = build_batch(plan, self._runner.device)
-        hidden = self._runner.run(batch)
-        logits = self._runner.logits(hidden[batch.sample_rows])
-        token_ids = sample(logits, list(plan.sampled))
-        logprobs = sampled_logprobs(plan, logits, token_ids)
-        self._score_prompts(plan, hidden)
-        self._scheduler.commit(plan, token_ids.tolist())
-        return self._collect(plan, logprobs)
+        if plan.chunks:
+            self._under_way.append(self._launch(plan))
+            if len(self._under_way) <= self._policy.steps_ahead:
+                return []
+        return self._collect(self._under_way.popleft())
+
+    def _launch(self, plan: StepPlan) -> StepUnderWay:
+        output = self._runner.run(plan)
+        rows = [Row(chunk.sequence, chunk.end) for chunk in plan.chunks if chunk.samples]
+        token_ids = self._sampler.sample(output.logits, rows)
+        self._runner.remember(plan.sampled, token_ids)
+        scored = score_sampled(rows, output.logits, token_ids)
+        return StepUnderWay(plan, token_ids, [*scored, *self._score_prompts(plan, output)])
+
+    def _score_prompts(self, plan: StepPlan, output: StepOutput) -> Iterator[ScoredTokens]:
+        if output.hidden is not None:
+            yield from score_prompts(plan, output.hidden, self._runner.logits)
 
     @property
     def has_unfinished(self) -> bool:
@@ -212,23 +235,31 @@ class Engine:
             request_id, index, params, list(prompt), seed, max_length, end_token_ids, guide
         )
 
-    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
-        for score in prompt_logprobs(plan, hidden, self._runner.logits):
-            request = self._requests[score.sequence.request_id]
-            request.prompt_logprobs[score.position] = score.logprob
-
-    def _collect(
-        self, plan: StepPlan, logprobs: Mapping[Sequence, TokenLogprob]
-    ) -> list[RequestOutput]:
-        """The outputs of a committed step; ends sequences whose text has reached a stop string."""
+    def _collect(self, step: StepUnderWay) -> list[RequestOutput]:
+        """Commit a step and return its outputs; ends sequences whose text reached a stop string."""
+        token_ids, scores = step.wait()
+        logprobs = self._take_scores(scores)
         gained: dict[str, list[SequenceOutput]] = {}
-        for sequence in plan.sampled:
+        for sequence in self._scheduler.commit(step.plan, token_ids):
             output = self._requests[sequence.request_id].advance(sequence, logprobs.get(sequence))
             gained.setdefault(sequence.request_id, []).append(output)
             if output.finish_reason is not None:
                 self._scheduler.finish(sequence, output.finish_reason)
-        self._num_generated_tokens += len(plan.sampled)
+            self._num_generated_tokens += 1
         return [self._output(request_id, outputs) for request_id, outputs in gained.items()]
+
+    def _take_scores(
+        self, scores: Iterable[tuple[Place, TokenLogprob]]
+    ) -> dict[Sequence, TokenLogprob]:
+        """Keep the scores of prompts; return those of sampled tokens."""
+        sampled: dict[Sequence, TokenLogprob] = {}
+        for place, score in scores:
+            sequence = place.sequence
+            if place.position >= sequence.num_prompt_tokens:
+                sampled[sequence] = score
+            elif sequence.status is not SequenceStatus.FINISHED:
+                self._requests[sequence.request_id].prompt_logprobs[place.position] = score
+        return sampled
 
     def _output(self, request_id: str, outputs: list[SequenceOutput]) -> RequestOutput:
         request = self._requests[request_id]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qserve.config import ConfigError, EngineConfig
+from qserve.engine.device import StepLimits
 from qserve.formats.kv import KVFormat
-from qserve.formats.layout import PAGE_TOKENS
 from qserve.models.decoder import Decoder
 
 
@@ -23,7 +23,7 @@ def kv_format_of(decoder: Decoder, bits: int) -> KVFormat:
 
 
 def choose_num_pages(
-    config: EngineConfig, page_bytes: int, max_model_len: int, device: torch.device
+    config: EngineConfig, limits: StepLimits, page_bytes: int, device: torch.device
 ) -> int:
     """Pages that the limits can use, or that fit the share of free memory, whichever is less.
 
@@ -31,7 +31,7 @@ def choose_num_pages(
     """
     if config.num_pages is not None:
         return config.num_pages
-    useful = config.max_num_sequences * -(-max_model_len // PAGE_TOKENS)
+    useful = limits.max_num_sequences * limits.max_pages
     available = int(free_bytes(device) * config.gpu_memory_utilization)
     num_pages = min(useful, available // page_bytes)
     if num_pages < 1:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from qserve.engine.batch import ForwardBatch
+from qserve.engine.batch import LatestTokens, StepShape, stage
+from qserve.engine.device import Capture, StepLimits
+from qserve.engine.graphs import DecodeGraphs
 from qserve.engine.kv_cache import allocate_pools
+from qserve.engine.scheduler import StepPlan
+from qserve.engine.sequence import Sequence
 from qserve.engine.threads import StepThreads
 from qserve.formats.kv import KVFormat
 from qserve.models.attention import PagedAttention
@@ -14,45 +21,105 @@ from qserve.models.decoder import Decoder
 from qserve.models.rope import rope_table
 
 
+@dataclass(frozen=True)
+class CacheShape:
+    """The cache of a runner: its format, pages, and whether keys are rotated before they are stored.
+
+    One page more than `num_pages` exists: rows that pad a step write there.
+    """
+
+    kv_format: KVFormat
+    num_pages: int
+    hadamard: bool = False
+
+
 class ModelRunner:
-    """Runs batches of one decoder; owns the pools, uint8 [L, pages, Hkv, block_bytes]."""
+    """Runs the steps of one decoder; owns the pools, uint8 [L, pages, Hkv, block_bytes].
+
+    capture: how steps of decodes alone are recorded, to be replayed; None: they are not.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
-        kv_format: KVFormat,
-        num_pages: int,
-        max_positions: int,
-        hadamard: bool = False,
+        cache: CacheShape,
+        limits: StepLimits,
+        capture: Capture | None = None,
     ) -> None:
         self._decoder = decoder
-        self._kv_format = kv_format
-        self._hadamard = hadamard
+        self._cache = cache
         layers, device = decoder.config.num_layers, decoder.device
-        self._pools = allocate_pools(kv_format, layers, num_pages, device)
-        self._rope_table = rope_table(decoder.config, max_positions).to(device)
+        self._pools = allocate_pools(cache.kv_format, layers, cache.num_pages + 1, device)
+        self._rope_table = rope_table(decoder.config, limits.max_model_len).to(device)
         self._threads = StepThreads(decoder.config, device)
+        self._latest = LatestTokens(limits.max_num_sequences, device)
+        self._logits = decoder.empty_logits(limits.max_num_sequences)
+        self._graphs = None
+        if capture is not None:
+            sizes = (limits.max_num_sequences, limits.max_pages)
+            self._graphs = DecodeGraphs(self._decode, capture, *sizes, device)
 
     @property
     def device(self) -> torch.device:
         return self._decoder.device
 
     @torch.inference_mode()
-    def run(self, batch: ForwardBatch) -> Tensor:
-        """Append the batch's keys and values to the cache; return hidden states [T, H]."""
-        attend = PagedAttention(
-            self._decoder.config,
-            batch.paged,
-            self._pools,
-            self._rope_table,
-            self._kv_format,
-            self._hadamard,
-            self._decoder.key_centers,
-        )
-        with self._threads.for_tokens(len(batch.token_ids)):
-            return self._decoder.forward(batch.token_ids, attend)
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Compute a plan's tokens, their keys and values appended to the cache."""
+        shape = self._graphs.shape_for(plan) if self._graphs else None
+        if self._graphs is None or shape is None:
+            return self._run_eagerly(plan)
+        self._graphs.run(shape, self._stage(plan, shape))
+        return StepOutput(self._logits[: len(plan.sampled)], None)
+
+    @torch.inference_mode()
+    def remember(self, sequences: Iterable[Sequence], token_ids: Tensor) -> None:
+        """The tokens, int64 [S], that the step just run gives: the next step may need them."""
+        self._latest.put(sequences, token_ids)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, V] of hidden states [n, H]."""
+        """[n, V] of hidden states [n, H]."""
         return self._decoder.logits(hidden)
+
+    def _stage(self, plan: StepPlan, shape: StepShape) -> Tensor:
+        pinned = self.device.type != "cpu"
+        return stage(plan, shape, self._latest.sources, self._cache.num_pages, pinned)
+
+    def _run_eagerly(self, plan: StepPlan) -> StepOutput:
+        shape = StepShape.of(plan)
+        buffer = self._stage(plan, shape).to(self.device, non_blocking=True)
+        with self._threads.for_tokens(shape.tokens):
+            hidden = self._forward(shape, buffer)
+        rows = shape.views(buffer).sample_rows
+        logits = self._decoder.logits(hidden[rows], self._logits)
+        return StepOutput(logits, hidden)
+
+    def _decode(self, shape: StepShape, buffer: Tensor) -> None:
+        """A step in which every row is sampled."""
+        self._decoder.logits(self._forward(shape, buffer), self._logits)
+
+    def _forward(self, shape: StepShape, buffer: Tensor) -> Tensor:
+        """Hidden states [T, H]."""
+        tensors = shape.views(buffer)
+        attend = PagedAttention(
+            self._decoder.config,
+            shape.paged(tensors),
+            self._pools,
+            self._rope_table,
+            self._cache.kv_format,
+            self._cache.hadamard,
+            self._decoder.key_centers,
+        )
+        return self._decoder.forward(self._latest.resolve(tensors), attend)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves on the device until the next one is run.
+
+    logits: [S, V] of the sampled rows. hidden: [T, H], or None where every token is sampled.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None

@@ -9,42 +9,112 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
-from qserve.engine.batch import to_device
 from qserve.engine.request import SamplingParams
 from qserve.engine.sequence import Sequence
+from qserve.engine.token_counts import TokenCounts
+from qserve.engine.transfer import to_device
 
-Rows = list[Sequence]
+
+class Row(NamedTuple):
+    """A sequence whose next token is chosen, and its tokens so far, those under way included."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.params
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether it is too short to end."""
+        num_output_tokens = self.num_tokens - self.sequence.num_prompt_tokens
+        too_short = num_output_tokens < self.params.min_tokens
+        return too_short and bool(self.sequence.end_token_ids)
+
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        additive = params.presence_penalty != 0 or params.frequency_penalty != 0
+        return additive or params.repetition_penalty != 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes the likeliest token, whatever that is."""
+        params = self.params
+        as_they_are = params.temperature == 0 and not params.logit_bias and not self.has_penalties
+        return as_they_are and not self.must_go_on and self.sequence.guide is None
+
+
+Rows = list[Row]
+
+ROWS_AT_ONCE = 128
+"""Rows worked on at a time, which bounds the memory that a step takes."""
 
 SHARE_BITS = 32
 
 _GOLDEN_RATIO = -0x61C8864680B583EB  # odd, and its multiples spread evenly over 64 bits
 
 
-@torch.inference_mode()
-def sample(logits: Tensor, rows: Rows) -> Tensor:
-    """The next token of each row: logits float32 [B, V] -> int64 [B].
+class Sampler:
+    """Chooses tokens; keeps on the device what sequences with penalties have been given so far."""
 
-    Order as in SamplingParams.
-    """
-    logits = _on_rows(logits, logits, rows, lambda row: _has_penalties(row.params), _penalize)
-    logits = _on_rows(logits, logits, rows, lambda row: bool(row.params.logit_bias), _add_bias)
-    logits = _on_rows(logits, logits, rows, _must_go_on, _bar_end_tokens)
-    logits = _on_rows(logits, logits, rows, lambda row: row.guide is not None, _keep_to_grammar)
-    return _on_rows(
-        logits.argmax(dim=-1), logits, rows, lambda row: row.params.temperature > 0, _draw
-    )
+    def __init__(self) -> None:
+        self._counts = TokenCounts()
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Rows) -> Tensor:
+        """The next token of each row: logits float [B, V] -> int64 [B].
+
+        Order as in SamplingParams. A sequence's tokens must all come from here, in order.
+        """
+        token_ids = logits.argmax(dim=-1)
+        chosen = [index for index, row in enumerate(rows) if not row.is_plain]
+        for start in range(0, len(chosen), ROWS_AT_ONCE):
+            part = chosen[start : start + ROWS_AT_ONCE]
+            index = to_device(part, logits.device)
+            token_ids[index] = self._choose(logits[index].float(), [rows[i] for i in part])
+        return token_ids
+
+    def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
+        logits = _on_rows(logits, logits, rows, lambda row: row.has_penalties, self._penalize)
+        logits = _on_rows(logits, logits, rows, lambda row: bool(row.params.logit_bias), _add_bias)
+        logits = _on_rows(logits, logits, rows, lambda row: row.must_go_on, _bar_end_tokens)
+        logits = _on_rows(
+            logits, logits, rows, lambda row: row.sequence.guide is not None, _keep_to_grammar
+        )
+        token_ids = _on_rows(
+            logits.argmax(dim=-1), logits, rows, lambda row: row.params.temperature > 0, _draw
+        )
+        self._count(token_ids, rows)
+        return token_ids
+
+    def _penalize(self, logits: Tensor, rows: Rows) -> Tensor:
+        present, output = self._counts.of([row.sequence for row in rows], logits)
+        repetition = _column([row.params.repetition_penalty for row in rows], logits)
+        presence = _column([row.params.presence_penalty for row in rows], logits)
+        frequency = _column([row.params.frequency_penalty for row in rows], logits)
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(present, repeated, logits)
+        return logits - frequency * output - presence * (output > 0)
+
+    def _count(self, token_ids: Tensor, rows: Rows) -> None:
+        counted = [index for index, row in enumerate(rows) if row.has_penalties]
+        sequences = [rows[index].sequence for index in counted]
+        self._counts.add(sequences, token_ids[to_device(counted, token_ids.device)])
 
 
 def _on_rows(
     default: Tensor,
     values: Tensor,
     rows: Rows,
-    applies: Callable[[Sequence], bool],
+    applies: Callable[[Row], bool],
     transform: Callable[[Tensor, Rows], Tensor],
 ) -> Tensor:
     """`default` [B, ...], with transform(values, rows) in place of the rows to which it applies."""
@@ -56,36 +126,6 @@ def _on_rows(
     return default.index_copy(0, index, changed)
 
 
-def _has_penalties(params: SamplingParams) -> bool:
-    additive = params.presence_penalty != 0 or params.frequency_penalty != 0
-    return additive or params.repetition_penalty != 1
-
-
-def _must_go_on(row: Sequence) -> bool:
-    return row.num_output_tokens < row.params.min_tokens and bool(row.end_token_ids)
-
-
-def _penalize(logits: Tensor, rows: Rows) -> Tensor:
-    prompt = _counts([row.token_ids[: row.num_prompt_tokens] for row in rows], logits)
-    output = _counts([row.token_ids[row.num_prompt_tokens :] for row in rows], logits)
-    repetition = _column([row.params.repetition_penalty for row in rows], logits)
-    presence = _column([row.params.presence_penalty for row in rows], logits)
-    frequency = _column([row.params.frequency_penalty for row in rows], logits)
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(prompt + output > 0, repeated, logits)
-    return logits - frequency * output - presence * (output > 0)
-
-
-def _counts(texts: list[list[int]], logits: Tensor) -> Tensor:
-    """How often each token occurs in each text: float32 [B, V]."""
-    vocab_size, width = logits.shape[1], max(map(len, texts))
-    padded = [[*text, *[vocab_size] * (width - len(text))] for text in texts]
-    counts = logits.new_zeros(len(texts), vocab_size + 1)
-    index = to_device(padded, logits.device)
-    counts.scatter_add_(1, index, logits.new_ones(1, 1).expand(index.shape))
-    return counts[:, :vocab_size]
-
-
 def _add_bias(logits: Tensor, rows: Rows) -> Tensor:
     biases = [(i, *bias) for i, row in enumerate(rows) for bias in row.params.logit_bias.items()]
     indices, tokens, values = zip(*biases, strict=True)
@@ -94,7 +134,7 @@ def _add_bias(logits: Tensor, rows: Rows) -> Tensor:
 
 
 def _bar_end_tokens(logits: Tensor, rows: Rows) -> Tensor:
-    barred = [(i, token) for i, row in enumerate(rows) for token in row.end_token_ids]
+    barred = [(i, token) for i, row in enumerate(rows) for token in row.sequence.end_token_ids]
     indices, tokens = zip(*barred, strict=True)
     where = (to_device(indices, logits.device), to_device(tokens, logits.device))
     return logits.index_put(where, logits.new_full((), -math.inf))
@@ -103,7 +143,7 @@ def _bar_end_tokens(logits: Tensor, rows: Rows) -> Tensor:
 def _keep_to_grammar(logits: Tensor, rows: Rows) -> Tensor:
     """Bar what the rows' grammars do not allow. The host works this out while a GPU still computes
     the logits."""
-    masks = numpy.stack([row.guide.mask() for row in rows if row.guide is not None])
+    masks = numpy.stack([row.sequence.guide.mask() for row in rows if row.sequence.guide])
     packed = to_device(masks, logits.device, torch.uint8)
     bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
     allowed = ((packed[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]]
@@ -122,8 +162,8 @@ def _draw(logits: Tensor, rows: Rows) -> Tensor:
     shares = (logits.softmax(dim=-1).double() * 2**SHARE_BITS).round().long()
     shares = _on_rows(shares, shares, rows, lambda row: row.params.top_p < 1, _keep_top_p)
     shares = _on_rows(shares, shares, rows, lambda row: row.params.min_p > 0, _keep_min_p)
-    seeds = to_device([row.seed for row in rows], logits.device)
-    positions = to_device([len(row.token_ids) for row in rows], logits.device)
+    seeds = to_device([row.sequence.seed for row in rows], logits.device)
+    positions = to_device([row.num_tokens for row in rows], logits.device)
     cumulative = shares.cumsum(dim=-1)
     threshold = (uniform(seeds, positions)[:, None] * cumulative[:, -1:]).long()
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]

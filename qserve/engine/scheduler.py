@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from qserve.engine.block_pool import EMPTY_PREFIX, BlockPool
 from qserve.engine.request import FinishReason, RequestError
@@ -27,6 +28,10 @@ class ScheduledChunk:
     length: int
     samples: bool
 
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -36,7 +41,7 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
 
-    @property
+    @cached_property
     def sampled(self) -> tuple[Sequence, ...]:
         """The sequences that gain a token, in the order of the sampled rows."""
         return tuple(chunk.sequence for chunk in self.chunks if chunk.samples)
@@ -105,14 +110,20 @@ class Scheduler:
             budget -= self._plan_chunk(self._running[-1], budget, chunks)
         return StepPlan(tuple(chunks))
 
-    def commit(self, plan: StepPlan, token_ids: Iterable[int]) -> None:
-        """Take the tokens a step sampled, in the order of `plan.sampled`."""
+    def commit(self, plan: StepPlan, token_ids: Iterable[int]) -> list[Sequence]:
+        """Take the tokens a step sampled, in the order of `plan.sampled`.
+
+        Returns the sequences that gained one: not those that ended while the step was under way.
+        """
+        gained = []
         for sequence, token_id in zip(plan.sampled, token_ids, strict=True):
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence.append(token_id)
+            gained.append(sequence)
             if sequence.finish_reason is not None:
                 self._retire(sequence)
+        return gained
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qserve.models.config import ModelConfig
-from qserve.models.layers import Attend, FloatLinear, Linear, RMSNorm
+from qserve.models.layers import Attend, Head, Linear, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Decoder:
     embedding: Tensor
     layers: list[DecoderLayer]
     norm: RMSNorm
-    lm_head: FloatLinear
+    lm_head: Head
     key_centers: Tensor | None = None
 
     @property
@@ -92,6 +92,10 @@ class Decoder:
         hidden, _ = self.norm(x, residual)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, H] of `forward` -> float32 [n, V]."""
-        return self.lm_head(hidden).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden states [n, H] of `forward` -> [n, V], in `out` of `empty_logits` if given."""
+        return self.lm_head(hidden, out)
+
+    def empty_logits(self, rows: int) -> Tensor:
+        """Memory for the logits of so many rows or fewer, [rows or more, V]."""
+        return self.lm_head.empty(rows)

@@ -24,6 +24,7 @@ from qserve.kernels.fused import (
 from qserve.kernels.gemm import PreparedWeight, quantized_linear
 
 _ROW_BLOCK = 16
+_DEVICE_ROW_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,36 @@ class FloatLinear:
 
     def after_silu_mul(self, gate_up: Tensor) -> Tensor:
         return self(silu_mul(gate_up))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The linear that gives logits: weight [V, H] in the dtype of the input.
+
+    It multiplies a whole number of row blocks: libraries choose their algorithm, and so the last
+    bits of a result, by the number of rows, and a row must not depend on the rows beside it.
+    """
+
+    weight: Tensor
+
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [n, H] -> [n, V], in `out` of `empty` if given."""
+        block = self._block(len(hidden))
+        padded = functional.pad(hidden, (0, 0, 0, -len(hidden) % block))
+        if out is None:
+            out = self.empty(len(hidden))
+        for start in range(0, len(hidden), block):
+            rows = slice(start, start + block)
+            torch.mm(padded[rows], self.weight.T, out=out[rows])
+        return out[: len(hidden)]
+
+    def empty(self, rows: int) -> Tensor:
+        """Memory for the logits of so many rows or fewer."""
+        block = self._block(rows)
+        return self.weight.new_empty(-(-rows // block) * block, len(self.weight))
+
+    def _block(self, rows: int) -> int:
+        return _ROW_BLOCK if self.weight.device.type == "cpu" else _DEVICE_ROW_BLOCK
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qserve.kernels.gemm import prepare_weight
 from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.decoder import Decoder, DecoderLayer, HeadNorm
-from qserve.models.layers import FloatLinear, Linear, QuantizedLinear, RMSNorm
+from qserve.models.layers import FloatLinear, Head, Linear, QuantizedLinear, RMSNorm
 from qserve.models.source import WeightSource
 
 Activations = Literal["int8", "float"]
@@ -39,7 +39,7 @@ def load_decoder(
     head = embedding if config.tie_word_embeddings else reader.tensor(names.LM_HEAD)
     layers = [reader.layer(index) for index in range(config.num_layers)]
     norm = reader.norm(names.FINAL_NORM)
-    return Decoder(config, embedding, layers, norm, FloatLinear(head), reader.key_centers())
+    return Decoder(config, embedding, layers, norm, Head(head), reader.key_centers())
 
 
 def load_layer(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qserve.engine.request import SamplingParams
-from qserve.engine.sampler import sample
+from qserve.engine.sampler import Row, Sampler
 from qserve.engine.sequence import Sequence, sequence_seed
 from qserve.formats.kv import KVFormat
 from qserve.formats.layout import PAGE_TOKENS
@@ -46,7 +46,8 @@ def naive_generate(
         forward(token_id)
     while sequence.finish_reason is None:
         hidden = forward(sequence.token_ids[-1])
-        sequence.append(int(sample(decoder.logits(hidden), [sequence])))
+        row = Row(sequence, len(sequence.token_ids))
+        sequence.append(int(Sampler().sample(decoder.logits(hidden), [row])))
     return sequence.token_ids[len(prompt_token_ids) :]
 
 
