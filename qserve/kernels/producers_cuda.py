@@ -15,8 +15,8 @@ VECTOR = 8
 """Elements read at once."""
 
 _PARAMETERS = {
-    "rms_norm": "3Pf2P",
-    "rms_norm_quantize": "3PfP(3P)",
+    "rms_norm": "P(3Pf)P",
+    "rms_norm_quantize": "P(3Pf)(3P)",
     "silu_mul_quantize": "P(3P)",
     "quantize_per_token": "P(3P)",
 }
@@ -29,7 +29,7 @@ def rms_norm(
     """See `fused.rms_norm`."""
     total = x if residual is None else torch.empty_like(x)
     normed = torch.empty_like(x)
-    _launch("rms_norm", x, x.shape[1], weight, (x, residual, weight, eps, total, normed))
+    _launch("rms_norm", x, x.shape[1], weight, (x, residual, weight, total, eps, normed))
     return normed, total
 
 
@@ -38,8 +38,8 @@ def rms_norm_quantize(
 ) -> tuple[QuantizedActivation, Tensor]:
     """See `fused.rms_norm_quantize`."""
     total = x if residual is None else torch.empty_like(x)
-    out = _empty_activation(x, x.shape[1])
-    arguments = (x, residual, weight, eps, total, *_pointers(out))
+    out = QuantizedActivation.empty(len(x), x.shape[1], x.device)
+    arguments = (x, residual, weight, total, eps, *_pointers(out))
     _launch("rms_norm_quantize", x, x.shape[1], weight, arguments)
     return out, total
 
@@ -47,14 +47,14 @@ def rms_norm_quantize(
 def silu_mul_quantize(gate_up: Tensor) -> QuantizedActivation:
     """See `fused.silu_mul_quantize`."""
     columns = gate_up.shape[1] // 2
-    out = _empty_activation(gate_up, columns)
+    out = QuantizedActivation.empty(len(gate_up), columns, gate_up.device)
     _launch("silu_mul_quantize", gate_up, columns, None, (gate_up, *_pointers(out)))
     return out
 
 
 def quantize_per_token(x: Tensor) -> QuantizedActivation:
     """See `fused.quantize_per_token`."""
-    out = _empty_activation(x, x.shape[1])
+    out = QuantizedActivation.empty(len(x), x.shape[1], x.device)
     _launch("quantize_per_token", x, x.shape[1], None, (x, *_pointers(out)))
     return out
 
@@ -100,15 +100,6 @@ def _launch(
 def _require(condition: bool, op: str, message: str) -> None:
     if not condition:
         raise OpError(f"{op}: {message}")
-
-
-def _empty_activation(x: Tensor, columns: int) -> QuantizedActivation:
-    rows, device = len(x), x.device
-    return QuantizedActivation(
-        codes=torch.empty(rows, columns, dtype=torch.int8, device=device),
-        scale=torch.empty(rows, dtype=torch.float32, device=device),
-        row_sum=torch.empty(rows, dtype=torch.int32, device=device),
-    )
 
 
 def _pointers(out: QuantizedActivation) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,101 @@
+// What the producers do to one token's row.
+#pragma once
+#include "quantize_row.cuh"
+
+// Vectors of a row as they lie in memory, fetched before they are needed.
+template <class T>
+struct Fetched {
+  static constexpr int WORDS = sizeof(T) / 2;  // of 16 bytes, for WIDTH elements
+  uint4 at[PER_THREAD][WORDS];
+
+  __device__ __forceinline__ void fetch(const T* row) {
+    each_vector([&](int i, int vector) {
+#pragma unroll
+      for (int word = 0; word < WORDS; word++)
+        at[i][word] = reinterpret_cast<const uint4*>(row)[vector * WORDS + word];
+    });
+  }
+};
+
+DEVICE void unpack(const uint4 (&words)[1], float (&values)[WIDTH]) {
+  unpack_vector<BFLOAT16>(words[0], values);
+}
+
+DEVICE void unpack(const uint4 (&words)[2], float (&values)[WIDTH]) {
+#pragma unroll
+  for (int i = 0; i < WIDTH; i++) {
+    const uint4 w = words[i / 4];
+    const uint32 bits[4] = {w.x, w.y, w.z, w.w};
+    values[i] = __uint_as_float(bits[i % 4]);
+  }
+}
+
+// RMSNorm of x + residual, the sum rounded to their type and kept in `total`; without a residual,
+// of x alone.
+struct Norm {
+  const uint16* residual;  // may be null
+  const NormWeight* weight;
+  uint16* total;
+  float eps;
+};
+
+// One row of a norm. Everything but x may be fetched before x is there.
+struct NormRow {
+  const Norm& norm;
+  Fetched<NormWeight> gain;
+  Fetched<uint16> residual;
+
+  __device__ __forceinline__ explicit NormRow(const Norm& n) : norm(n) { gain.fetch(n.weight); }
+
+  __device__ __forceinline__ void fetch(int64 row) {
+    if (norm.residual != nullptr) residual.fetch(norm.residual + row * COLUMNS);
+  }
+
+  // Returns this thread's sum of squares. All loads come before the first store, past which the
+  // compiler may not move them.
+  __device__ __forceinline__ float add_residual(Values& values, const uint16* x, int64 row) {
+    Fetched<uint16> fetched;
+    fetched.fetch(x + row * COLUMNS);
+    float squares = 0;
+    each_vector([&](int i, int vector) {
+      float(&v)[WIDTH] = values.at[i];
+      unpack(fetched.at[i], v);
+      if (norm.residual != nullptr) {
+        float added[WIDTH];
+        unpack(residual.at[i], added);
+#pragma unroll
+        for (int e = 0; e < WIDTH; e++) v[e] += added[e];
+        const uint4 total = pack_vector<BFLOAT16>(v);
+        reinterpret_cast<uint4*>(norm.total + row * COLUMNS)[vector] = total;
+        unpack_vector<BFLOAT16>(total, v);
+      }
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) squares += v[e] * v[e];
+    });
+    return squares;
+  }
+
+  __device__ __forceinline__ void normalize(Values& values, const uint16* x, int64 row) {
+    __shared__ float squares[WARPS];
+    const float sum = reduce(add_residual(values, x, row), Add(), squares);
+    const float inverse_rms = __frsqrt_rn(sum / COLUMNS + norm.eps);
+    each_vector([&](int i, int) {
+      float weights[WIDTH];
+      unpack(gain.at[i], weights);
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++)
+        values.at[i][e] = __fmul_rn(__fmul_rn(values.at[i][e], inverse_rms), weights[e]);
+    });
+  }
+};
+
+// silu(gate) * up, of a row that holds the gates, then the ups.
+DEVICE void silu_mul_row(Values& values, const uint16* gate_up) {
+  values.each([&](int vector, float(&v)[WIDTH]) {
+    float up[WIDTH];
+    load_vector(v, gate_up, vector);
+    load_vector(up, gate_up + COLUMNS, vector);
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) v[i] = __fdividef(v[i], 1.0f + __expf(-v[i])) * up[i];
+  });
+}
