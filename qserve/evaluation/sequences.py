@@ -104,7 +104,7 @@ class SequenceScorer:
         rows = max(1, _LOGITS // self.decoder.config.vocab_size)
         logprobs, likeliest = [], []
         for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = self.decoder.logits(states)
+            logits = self.decoder.logits(states).float()
             chosen = logits.gather(1, tokens[:, None])[:, 0]
             logprobs.append((chosen - logits.logsumexp(dim=-1)).cpu())
             likeliest.append((chosen >= logits.amax(dim=-1)).cpu())

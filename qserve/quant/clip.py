@@ -7,8 +7,9 @@ queries and keys by what they do to attention's output instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,26 +55,30 @@ def search_head_ratio(
 def join_grids(grids: Sequence[WeightGrid]) -> WeightGrid:
     """One grid of all the rows."""
     names = _tensors(grids[0])
-    return replace(
-        grids[0], **{name: torch.cat([_tensors(grid)[name] for grid in grids]) for name in names}
+    return _with(
+        grids[0], {name: torch.cat([_tensors(grid)[name] for grid in grids]) for name in names}
     )
 
 
 def split_grid(grid: WeightGrid, sizes: Sequence[int]) -> list[WeightGrid]:
     """A grid's rows, as grids of so many each."""
     pieces = zip(*(tensor.split(list(sizes)) for tensor in _tensors(grid).values()), strict=True)
-    return [replace(grid, **dict(zip(_tensors(grid), piece, strict=True))) for piece in pieces]
+    return [_with(grid, dict(zip(_tensors(grid), piece, strict=True))) for piece in pieces]
 
 
 def _tensors(grid: WeightGrid) -> dict[str, Tensor]:
     return {name: value for name, value in vars(grid).items() if isinstance(value, Tensor)}
 
 
+def _with(grid: WeightGrid, tensors: Mapping[str, Any]) -> WeightGrid:
+    return replace(grid, **tensors)
+
+
 def _by_group(moments: Tensor, group_size: int) -> Tensor:
     """[K/g, g] of [K], [K/g, g, g] of [K, K]."""
     if moments.dim() == 1:
-        return moments.unflatten(0, (-1, group_size))
-    blocks = moments.unflatten(0, (-1, group_size)).unflatten(2, (-1, group_size))
+        return moments.reshape(-1, group_size)
+    blocks: Tensor = moments.unflatten(0, (-1, group_size)).unflatten(2, (-1, group_size))
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 

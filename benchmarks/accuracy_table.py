@@ -1,0 +1,97 @@
+"""Results of the accuracy study as Markdown tables: means over seeds, with their range."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def tables(results: list[Result]) -> str:
+    """One table per section, the dithered ones with the share of the gap to rtn that is closed."""
+    reference = [r for r in results if r["section"] == "unquantized"]
+    lines = [f"Unquantized: {_spread(_values(_undithered(reference), 'W'))}", ""]
+    for section in dict.fromkeys(r["section"] for r in results if r not in reference):
+        own = [r for r in results if r["section"] == section]
+        lines += _table(section, own, reference if section == "dithered" else [])
+    return "\n".join(lines) + "\n"
+
+
+def _table(section: str, results: list[Result], reference: list[Result]) -> list[str]:
+    formats = list(dict.fromkeys(name for r in results for name in r["perplexity"]))
+    head = [section, *formats, *(["gap closed"] if reference else []), "runs", "seconds"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for name in dict.fromkeys(r["name"] for r in _in_order(results)):
+        own = [r for r in results if r["name"] == name]
+        cells = [_spread(_values(own, each)) for each in formats]
+        if reference:
+            cells.append(_closed(own, results, reference))
+        seconds = sum(r["seconds"] for r in own) / len(own)
+        lines.append(_line([name, *cells, str(len(own)), f"{seconds:.0f}"]))
+    return [*lines, ""]
+
+
+def _closed(own: list[Result], results: list[Result], reference: list[Result]) -> str:
+    """Of the gap between rtn at the same group size and the unquantized model, in percent."""
+    suffix = ", per channel" if own[0]["name"].endswith("per channel") else ""
+    nearest = [r for r in results if r["name"] == "rtn" + suffix]
+    exact, rounded, found = (
+        {
+            dither: _mean(_values([r for r in rows if r["dither"] == dither], column))
+            for dither in _dithers(own)
+        }
+        for rows, column in ((reference, "W"), (nearest, "KV4"), (own, "KV4"))
+    )
+    shares = [100 * (rounded[d] - found[d]) / (rounded[d] - exact[d]) for d in found]
+    return " / ".join(f"{share:.0f} %" for share in shares)
+
+
+def _dithers(results: list[Result]) -> list[int]:
+    return sorted({r["dither"] for r in results})
+
+
+def _undithered(results: Iterable[Result]) -> list[Result]:
+    return [r for r in results if r["dither"] is None]
+
+
+def _in_order(results: list[Result]) -> list[Result]:
+    """As the first seed's rows stand when sorted by what they reach."""
+    return sorted(
+        results, key=lambda r: _mean(_values([s for s in results if s["name"] == r["name"]], "KV4"))
+    )
+
+
+def _values(results: Iterable[Result], column: str) -> list[float]:
+    return [r["perplexity"][column] for r in results if column in r["perplexity"]]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    if max(values) - min(values) < 0.005:
+        return f"{_mean(values):.2f}"
+    return f"{_mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the tables of JSON files that the study wrote, as of one."""
+    parser = argparse.ArgumentParser(description="Print results of the accuracy study.")
+    parser.add_argument("results", nargs="+", type=Path)
+    results = [row for path in parser.parse_args().results for row in json.loads(path.read_text())]
+    print(tables(results), end="")
+
+
+if __name__ == "__main__":
+    main()
