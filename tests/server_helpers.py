@@ -52,8 +52,8 @@ def openai_client(http: httpx.Client) -> openai.OpenAI:
     return openai.OpenAI(base_url=str(http.base_url.join("/v1")), api_key="none", max_retries=0)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)

@@ -146,7 +146,7 @@ def test_one_killed_under_load(server: Replicated) -> None:
     for (text, error), whole in zip(ended, expected, strict=True):
         assert whole.startswith(text) and (error is not None or text == whole)
     assert later == [(text, None) for text in expected]
-    wait_until(lambda: len(server.replicas()) == 2 and first not in server.replicas())
-    wait_until(lambda: metric(server.http, "qserve:kv_cache_pages") == pages)
+    wait_until(lambda: len(server.replicas()) == 2 and first not in server.replicas(), 60)
+    wait_until(lambda: metric(server.http, "qserve:kv_cache_pages") == pages, 60)
     assert second in server.replicas()
     assert metric(server.http, "vllm:generation_tokens_total") >= counted > 0

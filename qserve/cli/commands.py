@@ -126,7 +126,14 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over the OpenAI API until interrupted."""
-    from qserve.cli.serving import bound_socket, check_tls, open_engine, read_api_keys, run_server
+    from qserve.cli.serving import (
+        bound_socket,
+        check_tls,
+        open_engine,
+        read_api_keys,
+        run_server,
+        tracer_from_environment,
+    )
 
     config = ServerConfig(
         host=host,
@@ -141,10 +148,11 @@ def serve(
         log_requests=log_requests,
     )
     check_tls(config)
+    tracer = tracer_from_environment()
     with bound_socket(config) as listener:
         settings = EngineConfig(kv_bits=bits_of(kv))
         engine, tokenizer = open_engine(model, precision, settings, replicas, config.max_requests)
-        run_server(engine, tokenizer, display_name(model), listener, config)
+        run_server(engine, tokenizer, display_name(model), listener, config, tracer)
 
 
 @app.command()

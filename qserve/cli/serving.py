@@ -11,8 +11,10 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.types import ASGIApp
 from transformers import PreTrainedTokenizerBase
 
 from qserve.cli.model import console, load_engine, servable
@@ -23,6 +25,9 @@ from qserve.server.app import create_app
 from qserve.server.async_engine import AsyncEngine
 from qserve.server.middleware import request_logger
 from qserve.server.shared_engine import SharedEngine
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 LAST_SECONDS = 30
 """How long clients may take, once all answers are there, to read them or to send half a request."""
@@ -47,6 +52,28 @@ def check_tls(config: ServerConfig) -> None:
     except ssl.SSLError as error:
         message = f"{config.tls_certificate} and {config.tls_key} are no certificate with its key"
         raise ConfigError(f"{message}: {error.reason}") from error
+
+
+def tracer_from_environment() -> Tracer | None:
+    """What sends traces where OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) says; else None.
+
+    Raises ConfigError if what is asked for cannot be had.
+    """
+    if not (_setting("ENDPOINT") and os.environ.get("OTEL_TRACES_EXPORTER", "otlp") == "otlp"):
+        return None
+    if _setting("PROTOCOL") not in (None, "http/protobuf"):
+        raise ConfigError(f"traces are sent by http/protobuf, not by {_setting('PROTOCOL')}")
+    try:
+        from qserve.server.tracing import otlp_tracer
+    except ImportError as error:
+        raise ConfigError(f"traces need pip install 'qserve[tracing]': {error}") from error
+    return otlp_tracer()
+
+
+def _setting(name: str) -> str | None:
+    """A standard variable of OpenTelemetry's exporter: the one for traces, else that for all."""
+    common = os.environ.get(f"OTEL_EXPORTER_OTLP_{name}")
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}", common) or None
 
 
 def bound_socket(config: ServerConfig) -> socket.socket:
@@ -98,11 +125,16 @@ def run_server(
     name: str,
     listener: socket.socket,
     config: ServerConfig,
+    tracer: Tracer | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; admitted requests may then finish, unless a second follows."""
     if config.log_requests:
         _log_requests_to_stdout()
-    application = create_app(engine, tokenizer, name, config)
+    application: ASGIApp = create_app(engine, tokenizer, name, config)
+    if tracer is not None:
+        from qserve.server.tracing import Tracing
+
+        application = Tracing(application, tracer, name)
     host, port = listener.getsockname()[:2]
     scheme = "http" if config.tls_certificate is None else "https"
     console.print(f"serving {name} at {scheme}://{host}:{port}/v1", highlight=False)

@@ -63,9 +63,10 @@ class GenerationService:
         answer: Answer,
         request: Request,
     ) -> Response:
-        stopwatch = self._metrics.stopwatch()
         record: RequestRecord = request.state.record
-        stream = await self._engine.submit(prompts, body.sampling_params(), self._timeout)
+        record.params = body.sampling_params()
+        record.stopwatch = stopwatch = self._metrics.stopwatch()
+        stream = await self._engine.submit(prompts, record.params, self._timeout)
 
         def close() -> None:
             stream.close()

@@ -132,6 +132,11 @@ class Stopwatch:
         self._first: dict[str, float] = {}
         self._tokens: dict[str, int] = defaultdict(int)
 
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From arrival to the first token of all."""
+        return min(self._first.values()) - self._arrival if self._first else None
+
     def take(self, output: RequestOutput) -> None:
         request_id = output.request_id
         if request_id not in self._first:

@@ -19,7 +19,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qserve.engine.request import SamplingParams
 from qserve.server.errors import CLIENT_CLOSED_REQUEST, APIError
+from qserve.server.metrics import Stopwatch
 from qserve.server.protocol import Usage
 
 logger = logging.getLogger("qserve.server")
@@ -35,14 +37,17 @@ PROTECTED_PATHS = ("/v1/", "/tokenize", "/detokenize")
 
 @dataclass
 class RequestRecord:
-    """What is known of a request once it is answered; endpoints set `usage`, once it is final.
+    """What is known of a request once it is answered.
 
     status: None if the client left before it was answered.
+    params, stopwatch, usage: set by what generates text, `usage` once it is final.
     """
 
     request_id: str
     arrival: float = field(default_factory=time.monotonic)
     status: int | None = None
+    params: SamplingParams | None = None
+    stopwatch: Stopwatch | None = None
     usage: Usage | None = None
 
 
