@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": {"kernels", "formats", "config"},
     "quant": {"models", "kernels", "formats", "config"},
     "engine": {"models", "kernels", "formats", "config"},
-    "evaluation": {"engine", "models", "kernels", "formats", "config"},
+    "evaluation": {"engine", "quant", "models", "kernels", "formats", "config"},
     "server": {"engine", "config"},
     "testing": {"models", "kernels", "formats", "config", "engine"},
     "benchmark": {"testing", "engine", "models", "kernels", "formats", "config"},

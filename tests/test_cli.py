@@ -171,6 +171,32 @@ def test_perplexity_in_words(capsys: Captured, model: Path, text: Path) -> None:
     assert "over 392 tokens in 8 windows" in capsys.readouterr().out
 
 
+def test_diff(capsys: Captured, tmp_path: Path, model: Path, text: Path) -> None:
+    output = tmp_path / "checkpoint"
+    assert run("quantize", model, "-o", output, "--recipe", "rtn") == 0
+    capsys.readouterr()
+    arguments = ("evaluate", "diff", model, output, "--text", text, "--seq-len", 50)
+    assert run(*arguments, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 200 and 0 < result["kl_divergence"] < 1 and not result["rotated"]
+    first = result["layers"][0]
+    assert 10 < first["weights"]["mlp.up_proj"]["sqnr_db"] < 40 and first["mlp"]["cosine"] > 0.5
+    assert run(*arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = "| layer | q | k | v | o | gate | up | down | attention | mlp | output | cosine |"
+    assert any(line.replace(" ", "") == header.replace(" ", "") for line in lines)
+    (row,) = (line for line in lines if line.startswith("| 1 "))
+    assert f"{result['layers'][1]['output']['sqnr_db']:.1f} |" in row
+    assert "over 200 tokens; residual stream not rotated" in lines[-1]
+
+
+def test_text_is_named_once(capsys: Captured, model: Path, text: Path) -> None:
+    evaluate = ("evaluate", "perplexity", model)
+    assert "give either --text or --dataset" in error_of(capsys, *evaluate)
+    both = ("--text", text, "--dataset", "wikitext2")
+    assert "give either --text or --dataset" in error_of(capsys, *evaluate, *both)
+
+
 # Mistakes.
 
 

@@ -13,7 +13,7 @@ from qserve.cli.options import KVBits, Model, bits_of
 from qserve.config import ConfigError, EngineConfig
 
 if TYPE_CHECKING:
-    from qserve.engine.loading import LoadedModel
+    from qserve.evaluation.sequences import EvaluatedModel
 
 evaluate = typer.Typer(help="Measure a model.", no_args_is_help=True)
 
@@ -47,8 +47,8 @@ def perplexity(
     content = _content(text, dataset)
     from qserve.evaluation.perplexity import measure_perplexity
 
-    loaded = _load(model, kv, activations, device)
-    result = measure_perplexity(loaded, content, seq_len, max_windows, progress=not as_json)
+    served = _load(model, kv, activations, device).model
+    result = measure_perplexity(served, content, seq_len, max_windows, progress=not as_json)
     if as_json:
         print(json.dumps(asdict(result)))
     else:
@@ -58,12 +58,37 @@ def perplexity(
         )
 
 
-def _load(model: str, kv: str | None, activations: str | None, device: str) -> LoadedModel:
-    from qserve.engine.loading import load_model
-    from qserve.models.source import open_source
+@evaluate.command()
+def diff(
+    original: Annotated[str, typer.Argument(help="The unquantized model.", show_default=False)],
+    quantized: Annotated[str, typer.Argument(help="What was made of it.", show_default=False)],
+    text: Text = None,
+    dataset: Dataset = None,
+    seq_len: SeqLen = 512,
+    max_windows: MaxWindows = 4,
+    kv: KVBits = None,
+    activations: ActivationBits = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Where a quantized model departs from its original, layer by layer, in decibel."""
+    content = _content(text, dataset)
+    from qserve.evaluation.diff import diff_models
+    from qserve.evaluation.report import diff_lines
+    from qserve.evaluation.text import text_windows
+
+    exact = _load(original, None, None, device)
+    served = _load(quantized, kv, activations, device)
+    windows = text_windows(exact.model.tokenizer, content, seq_len, max_windows)
+    result = diff_models(exact, served, windows, progress=not as_json)
+    print(json.dumps(result.to_json()) if as_json else "\n".join(diff_lines(result)))
+
+
+def _load(model: str, kv: str | None, activations: str | None, device: str) -> EvaluatedModel:
+    from qserve.evaluation.sequences import EvaluatedModel
 
     config = EngineConfig(kv_bits=bits_of(kv), activation_bits=bits_of(activations), device=device)
-    return load_model(open_source(model), config)
+    return EvaluatedModel.open(model, config)
 
 
 def _content(text: Path | None, dataset: str | None) -> str:

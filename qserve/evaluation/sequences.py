@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,12 +13,14 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qserve.config import EngineConfig
 from qserve.engine.kv_cache import kv_format_of
-from qserve.engine.loading import LoadedModel
+from qserve.engine.loading import LoadedModel, load_model
 from qserve.formats.layout import PAGE_TOKENS
 from qserve.kernels.paged import PagedBatch
 from qserve.models.attention import PagedAttention
 from qserve.models.rope import rope_table
+from qserve.models.source import WeightSource, open_source
 
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Tokens computed at once; what they take stays below about 2 GB for a model of 8 B parameters."""
@@ -26,6 +29,20 @@ _LOGITS = 2**26
 """Logits held at once."""
 
 TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model as it is served, and the source it was loaded from."""
+
+    source: WeightSource
+    model: LoadedModel
+
+    @classmethod
+    def open(cls, model: str | Path | WeightSource, config: EngineConfig) -> EvaluatedModel:
+        """Load a directory, hub id, GGUF file or source; raises ModelError or ConfigError."""
+        source = open_source(str(model)) if isinstance(model, str | Path) else model
+        return cls(source, load_model(source, config))
 
 
 @dataclass(frozen=True)
