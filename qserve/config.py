@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+TOOL_PARSERS = ("hermes", "llama3")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -77,6 +78,8 @@ class ServerConfig:
     api_keys: what clients must show one of to generate text; none: nothing is asked of them.
     cors_origins: web sites whose pages may use the server; "*" is any.
     tls_certificate, tls_key: PEM files, both or neither; with them, the server speaks HTTPS only.
+    tool_parser: how the model writes calls of tools, one of TOOL_PARSERS; None is as its chat
+        template teaches it.
     log_requests: write a line of JSON per request to stdout.
     """
 
@@ -89,6 +92,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    tool_parser: str | None = None
     log_requests: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +104,10 @@ class ServerConfig:
             raise ConfigError(f"request_timeout must be positive, got {self.request_timeout!r}")
         if not all(self.api_keys):
             raise ConfigError("api_keys holds an empty key")
+        if self.tool_parser not in (None, *TOOL_PARSERS):
+            raise ConfigError(
+                f"tool_parser must be one of {', '.join(TOOL_PARSERS)}, got {self.tool_parser!r}"
+            )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("tls_certificate and tls_key go together")
 

@@ -118,6 +118,10 @@ def serve(
     ] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="A PEM file, for HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
+    tool_parser: Annotated[
+        Literal["hermes", "llama3"] | None,
+        typer.Option(help="How the model writes calls of tools, if its chat template is silent."),
+    ] = None,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Write a line of JSON per request to stdout.")
     ] = False,
@@ -145,6 +149,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         tls_certificate=tls_certificate,
         tls_key=tls_key,
+        tool_parser=tool_parser,
         log_requests=log_requests,
     )
     check_tls(config)

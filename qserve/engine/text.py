@@ -79,6 +79,13 @@ class Detokenizer:
         return text
 
 
+def num_begun(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of `text` that one of the strings may go on from."""
+    longest = min(len(text), max(map(len, strings), default=1) - 1)
+    lengths = range(longest, 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in strings)), 0)
+
+
 class StopMatcher:
     """Finds stop strings in text that comes in pieces; the pieces' borders make no difference.
 
@@ -98,7 +105,7 @@ class StopMatcher:
         if found:
             end, _, stop = min(found)
             return text[: end - len(stop)], stop
-        cut = len(text) - self._num_to_hold(text)
+        cut = len(text) - num_begun(text, self._stops)
         self._held = text[cut:]
         return text[:cut], None
 
@@ -106,12 +113,6 @@ class StopMatcher:
         """The text held back, once no more is to come."""
         held, self._held = self._held, ""
         return held
-
-    def _num_to_hold(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string may go on from."""
-        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
-        lengths = range(longest, 0, -1)
-        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)
 
 
 class TextDelta(NamedTuple):

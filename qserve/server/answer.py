@@ -13,23 +13,9 @@ from uuid import uuid4
 from pydantic import BaseModel
 
 from qserve.engine.request import RequestOutput, SequenceOutput, TokenLogprob
-from qserve.server.protocol import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    ChunkChoice,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    Delta,
-    PromptTokensDetails,
-    TopLogprob,
-    Usage,
-)
+from qserve.server.responses import PromptTokensDetails, Usage
 from qserve.server.text import TextCodec
+from qserve.server.tool_calls import CallPart
 
 
 @dataclass(frozen=True)
@@ -37,6 +23,7 @@ class Span:
     """A stretch of one choice: its text, its tokens, and how it ended, if it did.
 
     logprobs: None unless asked for; an entry is None for the first token of a prompt.
+    calls: of tools, taken out of the text.
     """
 
     choice: int
@@ -45,11 +32,13 @@ class Span:
     logprobs: tuple[TokenLogprob | None, ...] | None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    calls: tuple[CallPart, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """Nothing that a client would see."""
-        return not self.text and not self.logprobs and self.finish_reason is None
+        has_content = self.text or self.logprobs or self.calls
+        return not has_content and self.finish_reason is None
 
 
 def _as_span(choice: int, part: SequenceOutput) -> Span:
@@ -67,6 +56,7 @@ def _join(spans: Sequence[Span]) -> Span:
         logprobs=tuple(e for span in spans for e in span.logprobs or ()) if scored else None,
         finish_reason=spans[-1].finish_reason,
         stop_reason=spans[-1].stop_reason,
+        calls=tuple(call for span in spans for call in span.calls),
     )
 
 
@@ -121,127 +111,9 @@ class Answer(ABC):
     def _whole(self, choices: Sequence[Span]) -> BaseModel: ...
 
     @abstractmethod
-    def part(self, span: Span) -> BaseModel:
+    def part(self, span: Span, usage: Usage | None = None) -> BaseModel:
         """One event of a stream."""
 
     @abstractmethod
     def closing(self) -> BaseModel:
         """The event with the usage that ends a stream, where it was asked for."""
-
-
-class CompletionAnswer(Answer):
-    """Answers /v1/completions. echoed: the prompts, if they are to be part of the text."""
-
-    id_prefix = "cmpl"
-
-    def __init__(
-        self,
-        model: str,
-        codec: TextCodec,
-        num_choices: int,
-        echoed: Sequence[Sequence[int]] | None,
-    ) -> None:
-        super().__init__(model, codec, num_choices)
-        self._echoed = echoed
-        self._text_length: dict[int, int] = defaultdict(int)
-
-    def take(self, prompt: int, output: RequestOutput) -> Iterator[Span]:
-        is_first = prompt not in self._prompt_tokens
-        if is_first and self._echoed is not None:
-            token_ids = tuple(self._echoed[prompt])
-            text = self._codec.decode(token_ids)
-            for index in range(self._num_choices):
-                choice = prompt * self._num_choices + index
-                yield Span(choice, text, token_ids, output.prompt_logprobs)
-        yield from super().take(prompt, output)
-
-    def part(self, span: Span) -> Completion:
-        return Completion(**self._heading, choices=[self._choice(span)])
-
-    def closing(self) -> Completion:
-        return Completion(**self._heading, choices=[], usage=self.usage)
-
-    def _whole(self, choices: Sequence[Span]) -> Completion:
-        worded = [self._choice(span) for span in choices]
-        return Completion(**self._heading, choices=worded, usage=self.usage)
-
-    def _choice(self, span: Span) -> CompletionChoice:
-        return CompletionChoice(
-            index=span.choice,
-            text=span.text,
-            logprobs=None if span.logprobs is None else self._logprobs(span, span.logprobs),
-            finish_reason=span.finish_reason,
-            stop_reason=span.stop_reason,
-        )
-
-    def _logprobs(self, span: Span, entries: Sequence[TokenLogprob | None]) -> CompletionLogprobs:
-        tokens = [self._codec.spell(token)[0] for token in span.token_ids]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._text_length[span.choice])
-            self._text_length[span.choice] += len(token)
-        return CompletionLogprobs(
-            tokens=tokens,
-            token_logprobs=[entry.logprob if entry else None for entry in entries],
-            top_logprobs=[self._top(entry) if entry else None for entry in entries],
-            text_offset=offsets,
-        )
-
-    def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """By spelling; of tokens spelled alike (parts of characters), the likeliest."""
-        top: dict[str, float] = {}
-        for token, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            top.setdefault(self._codec.spell(token)[0], logprob)
-        return top
-
-
-class ChatAnswer(Answer):
-    """Answers /v1/chat/completions."""
-
-    id_prefix = "chatcmpl"
-
-    def __init__(self, model: str, codec: TextCodec, num_choices: int) -> None:
-        super().__init__(model, codec, num_choices)
-        self._introduced: set[int] = set()
-
-    def part(self, span: Span) -> ChatCompletionChunk:
-        is_first = span.choice not in self._introduced
-        self._introduced.add(span.choice)
-        choice = ChunkChoice(
-            index=span.choice,
-            delta=Delta(role="assistant" if is_first else None, content=span.text),
-            logprobs=self._logprobs(span),
-            finish_reason=span.finish_reason,
-            stop_reason=span.stop_reason,
-        )
-        return ChatCompletionChunk(**self._heading, choices=[choice])
-
-    def closing(self) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**self._heading, choices=[], usage=self.usage)
-
-    def _whole(self, choices: Sequence[Span]) -> ChatCompletion:
-        worded = [
-            ChatChoice(
-                index=span.choice,
-                message=AssistantMessage(content=span.text),
-                logprobs=self._logprobs(span),
-                finish_reason=span.finish_reason,
-                stop_reason=span.stop_reason,
-            )
-            for span in choices
-        ]
-        return ChatCompletion(**self._heading, choices=worded, usage=self.usage)
-
-    def _logprobs(self, span: Span) -> ChatLogprobs | None:
-        if span.logprobs is None:
-            return None
-        return ChatLogprobs(content=[self._token(entry) for entry in span.logprobs if entry])
-
-    def _token(self, entry: TokenLogprob) -> ChatTokenLogprob:
-        chosen = self._alternative(entry.token_id, entry.logprob)
-        top = [self._alternative(token, logprob) for token, logprob in entry.top]
-        return ChatTokenLogprob(**chosen.model_dump(), top_logprobs=top)
-
-    def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
-        text, spelled = self._codec.spell(token_id)
-        return TopLogprob(token=text, logprob=logprob, bytes=spelled)

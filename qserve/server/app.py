@@ -17,14 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 import qserve
 from qserve.config import ServerConfig
-from qserve.server.errors import APIError, error_answers, install_error_handlers
+from qserve.server.errors import APIError, check_model, error_answers, install_error_handlers
 from qserve.server.generation import GenerationService
 from qserve.server.metrics import Metrics
 from qserve.server.middleware import REQUEST_ID_HEADER, ApiKeys, BodyLimit, RequestContext
-from qserve.server.protocol import ChatCompletion, Completion, ModelCard, ModelList
+from qserve.server.responses import ChatCompletion, Completion, ModelCard, ModelList
 from qserve.server.shared_engine import ServingError, SharedEngine
 from qserve.server.text import TextCodec
 from qserve.server.tokens import TokenService
+from qserve.server.tool_calls import style_of
 
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
@@ -52,7 +53,14 @@ def create_app(
     install_error_handlers(app)
     _surround(app, config)
     codec, metrics = TextCodec(tokenizer), Metrics(engine, model_name)
-    generation = GenerationService(engine, codec, metrics, model_name, config.request_timeout)
+    generation = GenerationService(
+        engine,
+        codec,
+        metrics,
+        model_name,
+        config.request_timeout,
+        style_of(tokenizer.chat_template, config.tool_parser),
+    )
     _add_generation(app, generation)
     _add_tokens(app, TokenService(codec, model_name))
     _add_page(app)
@@ -96,6 +104,7 @@ def _add_tokens(app: FastAPI, service: TokenService) -> None:
 
 def _add_status(app: FastAPI, status: _Status) -> None:
     app.add_api_route("/v1/models", status.models, responses=error_answers(401))
+    app.add_api_route("/v1/models/{model:path}", status.model, responses=error_answers(401, 404))
     app.add_api_route("/health", status.health, responses=error_answers(503))
     app.add_api_route("/ready", status.ready, responses=error_answers(503))
     app.add_api_route("/metrics", status.metrics, response_class=Response)
@@ -123,6 +132,11 @@ class _Status:
     async def models(self) -> ModelList:
         """The one model that is served."""
         return ModelList(data=[self._card])
+
+    async def model(self, model: str) -> ModelCard:
+        """The one model that is served, by its name."""
+        check_model(model, self._card.id)
+        return self._card
 
     async def health(self) -> dict[str, str]:
         """Liveness: 200 while the engine works, 503 with its error once it has failed for good."""

@@ -28,6 +28,8 @@ logger = logging.getLogger("qserve.server")
 class ServedEngine(Protocol):
     """What of an engine is used; `qserve.engine.engine.Engine` says what it means."""
 
+    def prepare(self, params: SamplingParams) -> None: ...
+
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
     ) -> None: ...
@@ -77,6 +79,13 @@ class AsyncEngine(SharedEngine):
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
         self._fail(RuntimeError("the server is shutting down"))
+
+    async def submit(
+        self, prompts: Sequence[list[int]], params: SamplingParams, timeout: float | None = None
+    ) -> OutputStream:
+        if params.grammar is not None:
+            await asyncio.to_thread(self._engine.prepare, params)
+        return await super().submit(prompts, params, timeout)
 
     def _begin(
         self, stream: OutputStream, prompts: Sequence[list[int]], params: SamplingParams

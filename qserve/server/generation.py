@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from qserve.engine.request import RequestOutput
-from qserve.server.answer import Answer, ChatAnswer, CompletionAnswer, Span
+from qserve.engine.request import RequestError, RequestOutput, SamplingParams
+from qserve.server.answer import Answer, Span
+from qserve.server.chat_answer import ChatAnswer
+from qserve.server.completion_answer import CompletionAnswer
 from qserve.server.errors import as_api_error, check_model
 from qserve.server.metrics import Metrics, Stopwatch
 from qserve.server.middleware import RequestRecord
-from qserve.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from qserve.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+)
 from qserve.server.shared_engine import OutputStream, ServingError, SharedEngine
 from qserve.server.streaming import EventStream, event, while_connected
 from qserve.server.text import TextCodec
+from qserve.server.tool_calls import ToolCallReader, ToolStyle, guided_by_tools
 
 
 class GenerationService:
-    """Completions and chat. timeout: seconds that a request may take, None: any number."""
+    """Completions and chat.
+
+    timeout: seconds that a request may take, None: any number. tool_style: how the model writes
+    calls of tools, None: it does not.
+    """
 
     def __init__(
         self,
@@ -29,12 +42,14 @@ class GenerationService:
         metrics: Metrics,
         model_name: str,
         timeout: float | None,
+        tool_style: ToolStyle | None,
     ) -> None:
         self._engine = engine
         self._codec = codec
         self._metrics = metrics
         self._model = model_name
         self._timeout = timeout
+        self._tool_style = tool_style
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue each of the given prompts."""
@@ -42,14 +57,26 @@ class GenerationService:
         prompts = [await self._codec.encode_prompt(prompt) for prompt in body.prompts]
         echoed = prompts if body.echo else None
         answer = CompletionAnswer(self._model, self._codec, body.n or 1, echoed)
-        return await self._respond(body, prompts, answer, request)
+        return await self._respond(body, body.sampling_params(), prompts, answer, request)
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Give the assistant's next message of a conversation."""
         self._check_acceptable(body, 1)
-        prompt = await self._codec.encode_chat(body.messages)
-        answer = ChatAnswer(self._model, self._codec, body.n or 1)
-        return await self._respond(body, [prompt], answer, request)
+        use, params = body.tool_use, body.sampling_params()
+        if use is None:
+            prompt = await self._codec.encode_chat(body.messages)
+            answer = ChatAnswer(self._model, self._codec, params.n)
+            return await self._respond(body, params, [prompt], answer, request)
+        if self._tool_style is None:
+            raise RequestError(
+                "tools are not known to the model's chat template, and the server is not told "
+                "(--tool-parser) how the model writes calls"
+            )
+        params = guided_by_tools(params, self._tool_style, use)
+        prompt = await self._codec.encode_chat(body.messages, use.tools)
+        new_reader = partial(ToolCallReader, self._tool_style, use)
+        answer = ChatAnswer(self._model, self._codec, params.n, new_reader)
+        return await self._respond(body, params, [prompt], answer, request)
 
     def _check_acceptable(self, body: GenerationRequest, num_prompts: int) -> None:
         """Refuse, before any work, what would be refused after it."""
@@ -59,14 +86,15 @@ class GenerationService:
     async def _respond(
         self,
         body: GenerationRequest,
+        params: SamplingParams,
         prompts: Sequence[list[int]],
         answer: Answer,
         request: Request,
     ) -> Response:
         record: RequestRecord = request.state.record
-        record.params = body.sampling_params()
+        record.params = params
         record.stopwatch = stopwatch = self._metrics.stopwatch()
-        stream = await self._engine.submit(prompts, record.params, self._timeout)
+        stream = await self._engine.submit(prompts, params, self._timeout)
 
         def close() -> None:
             stream.close()
@@ -74,7 +102,7 @@ class GenerationService:
 
         spans = _spans(stream, answer, stopwatch)
         if body.stream:
-            return EventStream(_events(spans, answer, body.include_usage), close)
+            return EventStream(_events(spans, answer, body.stream_options), close)
         try:
             whole = await while_connected(request.receive, _collect(spans))
         finally:
@@ -106,15 +134,16 @@ async def _collect(spans: AsyncIterator[list[Span]]) -> list[Span]:
 
 
 async def _events(
-    spans: AsyncIterator[list[Span]], answer: Answer, include_usage: bool
+    spans: AsyncIterator[list[Span]], answer: Answer, options: StreamOptions
 ) -> AsyncIterator[bytes]:
     """Server-sent events; an error after the first ends the stream as its last."""
     try:
         async for batch in spans:
-            yield b"".join(event(answer.part(span).model_dump_json()) for span in batch)
+            usage = answer.usage if options.continuous_usage_stats else None
+            yield b"".join(event(answer.part(span, usage).model_dump_json()) for span in batch)
     except ServingError as error:
         yield event(as_api_error(error).body.model_dump_json())
         return
-    if include_usage:
+    if options.include_usage:
         yield event(answer.closing().model_dump_json())
     yield event("[DONE]")

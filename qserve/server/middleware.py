@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qserve.engine.request import SamplingParams
 from qserve.server.errors import CLIENT_CLOSED_REQUEST, APIError
 from qserve.server.metrics import Stopwatch
-from qserve.server.protocol import Usage
+from qserve.server.responses import Usage
 
 logger = logging.getLogger("qserve.server")
 request_logger = logging.getLogger("qserve.requests")

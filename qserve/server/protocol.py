@@ -1,4 +1,4 @@
-"""The OpenAI API's requests and answers, as far as they are supported; anything else is refused.
+"""The OpenAI API's requests, as far as they are supported; anything else is refused.
 
 A field that is absent or null takes its default. Ranges are the engine's to check.
 """
@@ -7,48 +7,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    model_validator,
-)
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
 
-from qserve.engine.request import RequestError, SamplingParams
+from qserve.engine.request import Grammar, RequestError, SamplingParams
+from qserve.server.fields import RequestModel, Text
+from qserve.server.structured import ResponseFormat, StructuredOutputs, requested_grammar
+from qserve.server.tools import Tool, ToolCall, ToolChoice, ToolUse, tool_use
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
 """What the OpenAI API gives a completion that does not ask for a number; a chat has no limit."""
 
-
-def _encodable(text: str) -> str:
-    """JSON can spell halves of surrogate pairs, which are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without unpaired surrogates") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
 LogprobCount = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class StreamOptions(RequestModel):
+    """continuous_usage_stats: every event has the usage so far."""
 
-
-class StreamOptions(_Request):
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
 
 
-class GenerationRequest(_Request):
-    """What both ways to ask for text have in common; `user` is accepted and not used."""
+class GenerationRequest(RequestModel):
+    """What both ways to ask for text have in common; the last fields are accepted and not used."""
 
     model: str | None = None
     max_tokens: StrictInt | None = None
@@ -67,22 +49,31 @@ class GenerationRequest(_Request):
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
     stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    store: StrictBool | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def grammar(self) -> Grammar | None:
+        """What the text must be."""
+        return requested_grammar(self.response_format, self.structured_outputs)
 
     def sampling_params(self) -> SamplingParams:
         """What to ask the engine for; RequestError names a field out of range."""
         raise NotImplementedError
 
     def _sampling_params(self, **special: Any) -> SamplingParams:
-        if self.stream_options is not None and not self.stream:
+        if "stream_options" in self.model_fields_set and not self.stream:
             raise RequestError("stream_options is only for requests with stream = true")
         given = {name: getattr(self, name) for name in _PASSED_ON}
         given["logit_bias"] = _token_biases(self.logit_bias or {})
+        given["grammar"] = self.grammar
         return SamplingParams(**{k: v for k, v in given.items() if v is not None} | special)
 
 
@@ -132,20 +123,45 @@ class CompletionRequest(GenerationRequest):
         )
 
 
-class TextPart(_Request):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(_Request):
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+class ChatMessage(RequestModel):
+    """name: of a participant, or of the tool that answers. `refusal` is accepted and not used."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _check_fits_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls is only for the assistant, not for the role {self.role}")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id is for the role tool, and needed there")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": self._text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message |= {"tool_call_id": self.tool_call_id, "name": self.name}
+        return message
 
     @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+    def _text(self) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "\n".join(part.text for part in self.content)
 
 
@@ -154,23 +170,32 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: LogprobCount | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the assistant may call, if anything; RequestError if that makes no sense."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def sampling_params(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only for requests with logprobs = true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise RequestError("max_tokens and max_completion_tokens exclude each other")
-        limit = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise RequestError("max_tokens and max_completion_tokens differ")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(max_tokens=limit, logprobs=logprobs)
+        return self._sampling_params(max_tokens=next(iter(limits), None), logprobs=logprobs)
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(RequestModel):
     """A text as a completion takes it, or a conversation as a chat takes it."""
 
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
 
     @model_validator(mode="after")
     def _check_one_is_given(self) -> TokenizeRequest:
@@ -179,128 +204,6 @@ class TokenizeRequest(_Request):
         return self
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(RequestModel):
     model: str | None = None
     tokens: list[StrictInt]
-
-
-def _is_none(value: object) -> bool:
-    return value is None
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class CompletionLogprobs(BaseModel):
-    """Parallel lists with an entry per token; offsets count characters of the choice's text."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = Field(default=None, exclude_if=_is_none)
-
-
-class Completion(BaseModel):
-    """The answer to a completion; while streaming, each of its parts."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = Field(default=None, exclude_if=_is_none)
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class ChatTokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatTokenLogprob]
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = Field(default=None, exclude_if=_is_none)
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
-    content: str
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = Field(default=None, exclude_if=_is_none)
-
-
-class ChatCompletionChunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = Field(default=None, exclude_if=_is_none)
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "qserve"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Tokens(BaseModel):
-    tokens: list[int]
-    count: int
-
-
-class Detokenized(BaseModel):
-    prompt: str

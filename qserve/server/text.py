@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qserve.engine.request import RequestError
 from qserve.engine.text import REPLACEMENT, encode, encode_chat
 from qserve.server.protocol import ChatMessage
+from qserve.server.tools import Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,13 +32,16 @@ class TextCodec:
             return await asyncio.to_thread(encode, self._tokenizer, prompt)
         return prompt
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
+    ) -> list[int]:
         """The tokens of a conversation up to where the assistant speaks, by the model's template.
 
         Raises RequestError if there is no template or it refuses the conversation.
         """
-        conversation = [{"role": message.role, "content": message.text} for message in messages]
-        return await asyncio.to_thread(encode_chat, self._tokenizer, conversation)
+        conversation = [message.for_template() for message in messages]
+        described = [tool.for_template() for tool in tools] or None
+        return await asyncio.to_thread(encode_chat, self._tokenizer, conversation, described)
 
     async def decode_checked(self, token_ids: Sequence[int]) -> str:
         """The text of tokens that a client names; RequestError if one is out of the vocabulary."""

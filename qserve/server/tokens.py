@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qserve.server.errors import check_model
-from qserve.server.protocol import Detokenized, DetokenizeRequest, TokenizeRequest, Tokens
+from qserve.server.protocol import DetokenizeRequest, TokenizeRequest
+from qserve.server.responses import Detokenized, Tokens
 from qserve.server.text import TextCodec
 
 
@@ -18,7 +19,7 @@ class TokenService:
         """The tokens that a completion of `prompt`, or a chat of `messages`, would begin with."""
         check_model(body.model, self._model)
         if body.messages is not None:
-            tokens = await self._codec.encode_chat(body.messages)
+            tokens = await self._codec.encode_chat(body.messages, body.tools or ())
         else:
             tokens = await self._codec.encode_prompt(body.prompt or "")
         return Tokens(tokens=tokens, count=len(tokens))

@@ -55,6 +55,9 @@ class StubEngine:
         self._prompt_tokens = self._generated_tokens = 0
         self._next_step = time.perf_counter()
 
+    def prepare(self, params: SamplingParams) -> None:
+        raise RequestError("grammar needs a model")
+
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
     ) -> None:
