@@ -24,7 +24,8 @@ from qserve.kernels.fused import (
 from qserve.kernels.gemm import PreparedWeight, quantized_linear
 
 _ROW_BLOCK = 16
-_DEVICE_ROW_BLOCK = 256
+_FEWER_ROWS = (16, 64, 128, 192)
+_MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -100,30 +101,39 @@ class FloatLinear:
 class Head:
     """The linear that gives logits: weight [V, H] in the dtype of the input.
 
-    It multiplies a whole number of row blocks: libraries choose their algorithm, and so the last
-    bits of a result, by the number of rows, and a row must not depend on the rows beside it.
+    row_blocks: how many rows may be multiplied at a time, ascending. Libraries choose their algorithm,
+    and so the last bits of a result, by the number of rows; these give every row the same bits.
     """
 
     weight: Tensor
+    row_blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Head:
+        """On a GPU, tries which numbers of rows the library treats alike."""
+        if weight.device.type == "cpu":
+            return cls(weight, (_ROW_BLOCK,))
+        x = torch.randn(_MOST_ROWS, weight.shape[1], device=weight.device).to(weight.dtype)
+        whole = torch.mm(x, weight.T)
+        alike = [n for n in _FEWER_ROWS if torch.equal(torch.mm(x[:n], weight.T), whole[:n])]
+        return cls(weight, (*alike, _MOST_ROWS))
 
     def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [n, H] -> [n, V], in `out` of `empty` if given."""
-        block = self._block(len(hidden))
-        padded = functional.pad(hidden, (0, 0, 0, -len(hidden) % block))
-        if out is None:
-            out = self.empty(len(hidden))
-        for start in range(0, len(hidden), block):
-            rows = slice(start, start + block)
-            torch.mm(padded[rows], self.weight.T, out=out[rows])
+        out = self.empty(len(hidden)) if out is None else out
+        start = 0
+        while start < len(hidden):
+            rows = hidden[start : start + self.row_blocks[-1]]
+            block = next(block for block in self.row_blocks if block >= len(rows))
+            padded = functional.pad(rows, (0, 0, 0, block - len(rows)))
+            torch.mm(padded, self.weight.T, out=out[start : start + block])
+            start += block
         return out[: len(hidden)]
 
     def empty(self, rows: int) -> Tensor:
         """Memory for the logits of so many rows or fewer."""
-        block = self._block(rows)
-        return self.weight.new_empty(-(-rows // block) * block, len(self.weight))
-
-    def _block(self, rows: int) -> int:
-        return _ROW_BLOCK if self.weight.device.type == "cpu" else _DEVICE_ROW_BLOCK
+        most = self.row_blocks[-1]
+        return self.weight.new_empty(-(-rows // most) * most, len(self.weight))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def load_decoder(
     head = embedding if config.tie_word_embeddings else reader.tensor(names.LM_HEAD)
     layers = [reader.layer(index) for index in range(config.num_layers)]
     norm = reader.norm(names.FINAL_NORM)
-    return Decoder(config, embedding, layers, norm, Head(head), reader.key_centers())
+    return Decoder(config, embedding, layers, norm, Head.of(head), reader.key_centers())
 
 
 def load_layer(
