@@ -28,6 +28,9 @@ class NoText:
 
     chat_template = None
 
+    def __len__(self) -> int:
+        return 0
+
     def decode(self, token_ids: Sequence[int], **_: Any) -> str:
         """Always empty."""
         return ""
