@@ -13,7 +13,7 @@ from qserve.kernels.jit import Kernel
 from qserve.kernels.op import OpError
 from qserve.kernels.paged import PagedBatch
 
-THREADS = 256
+THREADS = 128
 
 
 @dataclass(frozen=True)
