@@ -84,6 +84,34 @@ def diff(
     print(json.dumps(result.to_json()) if as_json else "\n".join(diff_lines(result)))
 
 
+@evaluate.command()
+def tasks(
+    model: Model,
+    names: Annotated[str, typer.Option("--tasks", help="Of lm-eval, separated by commas.")],
+    include_path: Annotated[
+        Path | None, typer.Option(help="A directory of further tasks, in lm-eval's YAML.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples shown, instead of a task's own number.", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples at most, for a try.", min=1)] = None,
+    kv: KVBits = None,
+    activations: ActivationBits = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Zero- and few-shot tasks of the lm-evaluation-harness."""
+    try:
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise ConfigError("to evaluate tasks: pip install 'qserve[evaluation]'") from error
+    from qserve.evaluation.tasks import evaluate_tasks
+
+    served = _load(model, kv, activations, device).model
+    results = evaluate_tasks(served, names.split(","), include_path, num_fewshot, limit)
+    print(json.dumps(results["results"]) if as_json else make_table(results))
+
+
 def _load(model: str, kv: str | None, activations: str | None, device: str) -> EvaluatedModel:
     from qserve.evaluation.sequences import EvaluatedModel
 
