@@ -1,7 +1,8 @@
-"""Quantization: each pass is exact before rounding, each rounding no worse than the one before."""
+"""Whole layers and models: what is quantized is what is served, and the same bytes every time."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,21 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
 from qserve.formats.checkpoint import CheckpointWriter, QuantizationConfig
-from qserve.formats.kv import quantize_kv
-from qserve.formats.layout import GROUP_SCALE_MAX
-from qserve.formats.weight import ChannelGrid, GroupGrid, fit_grid
 from qserve.models import names
 from qserve.models.attention import DenseAttention
 from qserve.models.config import ModelError
 from qserve.models.loader import load_decoder
 from qserve.models.rope import rope_table
 from qserve.models.source import WeightSource, open_source
+from qserve.quant import pipeline
 from qserve.quant.calibrate import (
     CalibrationError,
     Layer,
@@ -33,247 +30,18 @@ from qserve.quant.calibrate import (
     fused_weight,
     read_layer,
 )
-from qserve.quant.clip import search_grid
-from qserve.quant.hadamard import HadamardError, hadamard
 from qserve.quant.layer import LayerQuantizer, Streams
+from qserve.quant.linear import LinearQuantizer
 from qserve.quant.pipeline import quantize
 from qserve.quant.recipe import RECIPES, Recipe, RecipeError, find_recipe
-from qserve.quant.rotate import RotatedSource
-from qserve.quant.rounding import Moments, damped, error, gptq, no_worse, propagated
-from qserve.quant.smooth import (
-    LayerPass,
-    ReorderChannels,
-    RotateValues,
-    SmoothAttention,
-    SmoothInputs,
-    SmoothOutputs,
-)
 from qserve.testing.tiny import MemorySource, tiny_config, tiny_source
 
-FAMILIES = {
-    "llama-gqa": tiny_config(),
-    "llama-tied": tiny_config(tie_word_embeddings=True, num_key_value_heads=4),
-    "llama-bias": tiny_config(attention_bias=True),
-    "qwen2-bias": tiny_config("Qwen2ForCausalLM"),
-    "qwen3-qk-norm": tiny_config("Qwen3ForCausalLM"),
-}
 LENGTH = 16
 QUIET = Console(quiet=True)
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 64, 108, 244, 344, 576, 896, 1536])
-def test_hadamard_is_orthonormal_and_flat(order: int) -> None:
-    matrix = hadamard(order)
-    assert torch.allclose(matrix @ matrix.T, torch.eye(order, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(matrix.abs(), torch.full_like(matrix, order**-0.5))
-
-
-@pytest.mark.parametrize("order", [0, 3, 6, 10, 92])
-def test_hadamard_names_an_order_it_cannot_construct(order: int) -> None:
-    with pytest.raises(HadamardError, match=f"order {order} "):
-        hadamard(order)
-
-
 def _quantizer(source: WeightSource, recipe: Recipe = RECIPES["rtn"]) -> LayerQuantizer:
     return LayerQuantizer(source.config, recipe, 64, LENGTH)
-
-
-def _layers(source: WeightSource) -> list[Layer]:
-    return [
-        read_layer(source, index, dtype=torch.float64) for index in range(source.config.num_layers)
-    ]
-
-
-UNROUNDED = replace(RECIPES["rtn"], activation_bits=16, kv_bits=16, k_hadamard=True)
-
-
-def _logits(source: WeightSource, layers: list[Layer]) -> Tensor:
-    """float64 logits of two sequences."""
-    tokens = torch.arange(2 * LENGTH) * 7 % source.config.vocab_size
-    x = source.tensor(names.EMBEDDING).double()[tokens]
-    for layer in layers:
-        (x,) = _quantizer(source, UNROUNDED).run_served(layer, [x])
-    norm = source.tensor(names.FINAL_NORM).double()
-    x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm, source.config.rms_norm_eps)
-    tied = source.config.tie_word_embeddings
-    return x @ source.tensor(names.EMBEDDING if tied else names.LM_HEAD).double().T
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rotation_leaves_logits_unchanged(family: str) -> None:
-    source = tiny_source(FAMILIES[family])
-    rotated = RotatedSource(source)
-    assert not torch.allclose(
-        rotated.tensor(names.EMBEDDING), source.tensor(names.EMBEDDING).double(), atol=0.1
-    )
-    expected = _logits(source, _layers(source))
-    assert torch.allclose(_logits(rotated, _layers(rotated)), expected, rtol=1e-9, atol=1e-9)
-
-
-PASSES: list[LayerPass] = [
-    SmoothAttention(0.5),
-    SmoothAttention(0.5, 0.5),
-    SmoothInputs(0.85, 0.15),
-    SmoothOutputs(0.3, 0.7),
-    ReorderChannels(),
-    RotateValues(),
-]
-
-
-@pytest.mark.parametrize("layer_pass", PASSES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pass_leaves_logits_unchanged(family: str, layer_pass: LayerPass) -> None:
-    source = tiny_source(FAMILIES[family])
-    layers = _layers(source)
-    quantizer = _quantizer(source)
-    x = torch.randn(LENGTH, source.config.hidden_size, dtype=torch.float64)
-    changed = [layer_pass(layer, quantizer.statistics(layer, x), source.config) for layer in layers]
-    untouched = isinstance(layer_pass, SmoothAttention) and source.config.qk_norm
-    same = all(
-        name in layers[0] and torch.equal(tensor, layers[0][name])
-        for name, tensor in changed[0].items()
-    )
-    assert same == untouched
-    assert torch.allclose(_logits(source, changed), _logits(source, layers), rtol=1e-9, atol=1e-9)
-
-
-def test_smooth_attention_takes_the_loudness_out_of_keys() -> None:
-    source = tiny_source()
-    layer = read_layer(source, 0, dtype=torch.float64)
-    layer["self_attn.k_proj.weight"][5] *= 50
-    quantizer = _quantizer(source)
-    x = torch.randn(LENGTH, 128, dtype=torch.float64)
-    before = quantizer.statistics(layer, x)
-    smoothed = SmoothAttention(1.0)(layer, before, source.config)
-    after = quantizer.statistics(smoothed, x).key
-    assert before.key[0].max() > 20 * before.key[0].median()
-    pairs = torch.maximum(after[:, :32], after[:, 32:])
-    assert torch.allclose(pairs, torch.ones_like(pairs))
-
-
-@pytest.mark.parametrize("kv_bits", [4, 8, 16])
-def test_key_hadamard_and_center_cancel_and_kv_bits_act(kv_bits: int) -> None:
-    config = tiny_source().config
-    qkv = torch.randn(2 * LENGTH, config.query_size + 2 * config.kv_size, dtype=torch.float64)
-    table = rope_table(config, LENGTH)
-    seen: list[Tensor] = []
-    plain = DenseAttention(config, LENGTH, table, kv_bits=kv_bits)
-    center = torch.randn(config.num_kv_heads, config.head_dim)
-    turned = replace(
-        plain, hadamard=True, key_center=center, observer=lambda _, q, k, v: seen.append(k)
-    )
-    difference = (turned(0, qkv) - plain(0, qkv)).abs().max()
-    assert difference < 1e-9 if kv_bits == 16 else difference > 1e-4
-    stored = quantize_kv(seen[0], kv_bits).dequantize() if kv_bits < 16 else seen[0]
-    assert (stored - seen[0]).abs().max() > 0 or kv_bits == 16
-
-
-def _problem(seed: int, rows: int = 32, columns: int = 128) -> tuple[Tensor, Tensor]:
-    """A weight and a damped second moment of correlated inputs with outliers."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    mixing = torch.randn(columns, columns, generator=generator)
-    loudness = torch.exp(torch.randn(columns, generator=generator))
-    inputs = (torch.randn(200, columns, generator=generator) @ mixing * loudness).double()
-    return weight, damped(inputs.T @ inputs, 0.01)
-
-
-@settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 10**6), group_size=st.sampled_from([-1, 64, 128]))
-def test_gptq_is_never_worse_than_nearest(seed: int, group_size: int) -> None:
-    weight, hessian = _problem(seed)
-    grid = fit_grid(weight, group_size)
-    nearest = grid.quantize(weight)
-    codes = no_worse(gptq(weight, grid, hessian), nearest, weight, grid, hessian)
-    chosen, plain = (error(weight, grid.dequantize(each), hessian) for each in (codes, nearest))
-    assert (chosen <= plain * (1 + 1e-5)).all()
-    assert chosen.sum() < 0.8 * plain.sum()
-
-
-def test_gptq_without_correlation_is_rounding_to_nearest() -> None:
-    weight, _ = _problem(0)
-    grid = fit_grid(weight, 64)
-    hessian = torch.diag(torch.rand(128, dtype=torch.float64) + 0.1)
-    assert torch.equal(gptq(weight, grid, hessian), grid.quantize(weight))
-
-
-def test_gptq_of_two_columns_is_the_best_there_is() -> None:
-    """Two columns carry everything: with the other codes fixed, all 256 pairs are tried."""
-    weight, _ = _problem(3, rows=8, columns=64)
-    hessian = torch.eye(64, dtype=torch.float64) * 1e-3
-    hessian[:2, :2] = torch.tensor([[2.0, 1.9], [1.9, 2.0]])
-    grid = ChannelGrid.fit(weight)
-    codes = gptq(weight, grid, hessian)
-    found = error(weight, grid.dequantize(codes), hessian)
-    best = torch.full_like(found, torch.inf)
-    for first in range(16):
-        for second in range(16):
-            trial = grid.quantize(weight)
-            trial[:, 0], trial[:, 1] = first, second
-            best = torch.minimum(best, error(weight, grid.dequantize(trial), hessian))
-    assert (found <= 1.5 * best + 1e-9).all() and torch.isclose(found, best).any()
-
-
-def test_full_propagation_is_least_squares() -> None:
-    weight, _ = _problem(1)
-    exact = torch.randn(400, 128, dtype=torch.float64)
-    served = exact + 0.3 * torch.randn(400, 128, dtype=torch.float64)
-    moments = Moments.of([(exact, served, None)])
-    fitted = propagated(weight.double(), moments, moments.hessian, 1.0)
-    expected = torch.linalg.lstsq(served, exact @ weight.double().T).solution.T
-    assert torch.allclose(fitted, expected, atol=1e-8)
-    assert torch.equal(propagated(weight, moments, moments.hessian, 0.0), weight)
-
-
-def test_moments_count_tokens_by_the_residual_they_are_added_to() -> None:
-    x = torch.randn(6, 64)
-    residual = torch.full((6, 8), 2.0)
-    weighted = Moments.of([(x[:3], x[:3], residual[:3]), (x[3:], x[3:], residual[3:])])
-    assert torch.allclose(weighted.hessian, (x.T @ x).double() / 4, atol=1e-5)
-    assert weighted.cross is not None and not weighted.cross.any()
-
-
-@pytest.mark.parametrize("group_size", [-1, 64, 128])
-def test_searched_grid_loses_no_more_than_the_span(group_size: int) -> None:
-    weight = torch.randn(64, 256)
-    weight[::7, 3] *= 6
-    importance = torch.rand(256) ** 4
-    losses = [
-        ((grid.dequantize(grid.quantize(weight)) - weight).square() @ importance)
-        for grid in (search_grid(weight, group_size, importance), fit_grid(weight, group_size))
-    ]
-    assert (losses[0] <= losses[1] * (1 + 1e-5)).all()
-    assert losses[0].sum() < 0.95 * losses[1].sum()
-
-
-def test_searched_grid_stays_within_eight_bits() -> None:
-    weight = torch.randn(64, 256) * torch.exp(torch.randn(64, 256))
-    grid = search_grid(weight, 64, torch.ones(256))
-    assert isinstance(grid, GroupGrid)
-    assert int(grid.group_scale.min()) >= 1 and int(grid.group_scale.max()) <= GROUP_SCALE_MAX
-    assert int((grid.group_scale.int() * grid.group_zero.int()).max()) <= 128
-    packed = grid.pack(grid.quantize(weight))
-    assert torch.equal(packed.dequantize(), grid.dequantize(packed.codes()))
-
-
-def test_every_code_a_grid_can_emit_stays_within_eight_bits() -> None:
-    """All (q, s2, z): no product, sum or difference of either way to dequantize leaves a byte."""
-    scale, zero = torch.meshgrid(
-        torch.arange(1, GROUP_SCALE_MAX + 1), torch.arange(16), indexing="ij"
-    )
-    valid = zero * scale <= 128
-    scale, zero = scale[valid], zero[valid]
-    grid = GroupGrid(torch.ones(1).half(), scale[None].byte(), zero[None].byte(), 64)
-    top = grid.max_code[0].int()
-    codes = torch.arange(16)[:, None]
-    allowed = codes <= top
-    value = (codes - zero) * scale
-    assert ((value >= -128) & (value <= 127))[allowed].all()
-    assert (codes * scale <= 255)[allowed].all()
-    offset = 128 - zero * scale
-    fast = ((codes * scale + offset) % 256) ^ 0x80
-    assert torch.equal(((fast + 128) % 256 - 128)[allowed], value[allowed])
-    assert (((codes * scale + offset) >= 0) & ((codes * scale + offset) <= 255))[allowed].all()
 
 
 SMALL: dict[str, Any] = {"sequences": 8, "length": 32}
@@ -313,11 +81,34 @@ def test_recipe_makes_a_checkpoint_that_loads(name: str, tmp_path: Path) -> None
     quantized.tokenizer()
 
 
-def test_wide_linears_stay_at_eight_bits(tmp_path: Path) -> None:
-    recipe = replace(RECIPES["rtn"], wide_linears=names.DOWN)
-    present = open_source(str(_quantize(tiny_source(), tmp_path / "model", recipe))).names()
-    assert "model.layers.1.mlp.down_proj.dequant_scale" in present
-    assert "model.layers.1.self_attn.o_proj.qweight" in present
+@pytest.mark.parametrize(
+    ("pattern", "wide"),
+    [
+        ("mlp.down_proj", {"0.mlp.down_proj", "1.mlp.down_proj"}),
+        ("model.layers.1.self_attn.o_*", {"1.self_attn.o_proj"}),
+        ("model.layers.0.*.v_proj", {f"0.self_attn.{part}_proj" for part in "qkv"}),
+    ],
+)
+def test_wide_linears_stay_at_eight_bits(pattern: str, wide: set[str], tmp_path: Path) -> None:
+    recipe = replace(RECIPES["qoq"], wide_linears=(pattern,))
+    quantized = open_source(str(_quantize(tiny_source(), tmp_path / "model", recipe)))
+    ends = (".dequant_scale", ".qweight")
+    found = [
+        {
+            n.removeprefix("model.layers.").removesuffix(end)
+            for n in quantized.names()
+            if n.endswith(end)
+        }
+        for end in ends
+    ]
+    assert found[0] == wide and len(found[1]) == 14 - len(wide)
+    assert load_decoder(quantized, torch.float32).config.num_layers == 2
+
+
+def test_a_wide_linear_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    recipe = replace(RECIPES["rtn"], wide_linears=("mlp.down_proj", "mlp.dwn_proj"))
+    with pytest.raises(RecipeError, match="named 'mlp\\.dwn_proj'"):
+        _quantize(tiny_source(), tmp_path / "model", recipe)
 
 
 def _held_out_error(source: MemorySource, recipe: Recipe) -> float:
@@ -351,7 +142,7 @@ def test_served_layer_is_what_the_checkpoint_holds(tmp_path: Path) -> None:
 
 def test_center_is_the_mean_key_of_the_rounded_layer() -> None:
     source = tiny_source(tiny_config("Qwen3ForCausalLM", attention_bias=True))
-    recipe = replace(UNROUNDED, k_center=True)
+    recipe = replace(RECIPES["rtn"], activation_bits=16, kv_bits=16, k_hadamard=True, k_center=True)
     x = torch.randn(2 * LENGTH, source.config.hidden_size)
     streams = Streams([x[:LENGTH], x[LENGTH:]], [x[:LENGTH], x[LENGTH:]])
     quantized, _ = _quantizer(source, recipe).quantize(read_layer(source, 0), streams)
@@ -397,33 +188,82 @@ def test_twice_with_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first.keys() == other.keys() and first != other
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 3])
-def test_killed_and_resumed_gives_the_same_bytes(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tiny_source(tiny_config(num_hidden_layers=3))
-    expected = _bytes(_quantize(source, tmp_path / "whole", RECIPES["quarot"]))
-    write, calls = CheckpointWriter.write, []
+STEPS: dict[str, tuple[type, str]] = {
+    "trial": (pipeline._Job, "_trial_error"),
+    "layer": (LayerQuantizer, "quantize"),
+    "passes": (LayerQuantizer, "_prepared"),
+    "linear": (LinearQuantizer, "quantize"),
+    "shard": (CheckpointWriter, "write"),
+    "state": (CheckpointWriter, "save_state"),
+    "commit": (CheckpointWriter, "commit"),
+}
+SMALLEST = tiny_config(
+    hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
+)
 
-    def killed(self: CheckpointWriter, shard: str, tensors: dict[str, Tensor]) -> None:
-        if len(calls) == step:
+
+def _count(step: str, patch: pytest.MonkeyPatch, last: float = math.inf) -> list[str]:
+    """Note every call of a step from now on; that after `last` of them is interrupted."""
+    owner, name = STEPS[step]
+    original, calls = getattr(owner, name), []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if len(calls) == last:
             raise KeyboardInterrupt
-        calls.append(shard)
-        write(self, shard, tensors)
+        calls.append(step)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(CheckpointWriter, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        _quantize(source, tmp_path / "resumed", RECIPES["quarot"])
-    assert not (tmp_path / "resumed").exists()
-    written: list[str] = []
+    patch.setattr(owner, name, counted)
+    return calls
 
-    def counted(self: CheckpointWriter, shard: str, tensors: dict[str, Tensor]) -> None:
-        written.append(shard)
-        write(self, shard, tensors)
 
-    monkeypatch.setattr(CheckpointWriter, "write", counted)
-    assert _bytes(_quantize(source, tmp_path / "resumed", RECIPES["quarot"])) == expected
-    assert len(written) == 4 - step
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, int]]:
+    """A checkpoint's bytes, and how often each step was taken to make it."""
+    directory = tmp_path_factory.mktemp("whole") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        calls = {step: _count(step, patch) for step in STEPS}
+        made = _bytes(_quantize(tiny_source(SMALLEST), directory, RECIPES["qoq"]))
+    return made, {step: len(each) for step, each in calls.items()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.99])
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_step_and_resumed_gives_the_same_bytes(
+    step: str,
+    share: float,
+    whole: tuple[dict[str, bytes], dict[str, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, steps = whole
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _count(step, patch, last=int(share * steps[step]))
+        _quantize(tiny_source(SMALLEST), tmp_path / "model", RECIPES["qoq"])
+    assert not (tmp_path / "model").exists()
+    assert _bytes(_quantize(tiny_source(SMALLEST), tmp_path / "model", RECIPES["qoq"])) == expected
+
+
+def test_a_resumed_run_writes_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _count("state", patch, last=1)
+        _quantize(tiny_source(SMALLEST), tmp_path / "model", RECIPES["quarot"])
+    written = _count("shard", monkeypatch)
+    layers = _count("layer", monkeypatch)
+    _quantize(tiny_source(SMALLEST), tmp_path / "model", RECIPES["quarot"])
+    assert (len(written), len(layers)) == (1, 1)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_activations_may_wait_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = _bytes(_quantize(tiny_source(), tmp_path / "a", RECIPES["qoq"], device="cuda"))
+    monkeypatch.setattr(pipeline, "_RESIDENT_BYTES", 0)
+    waiting = _bytes(_quantize(tiny_source(), tmp_path / "b", RECIPES["qoq"], device="cuda"))
+    assert waiting == resident
 
 
 def test_the_old_checkpoint_survives_a_full_disk(

@@ -144,6 +144,9 @@ class LayerQuantizer:
     def _narrow(
         self, layer: Layer, parts: Sequence[str], exact: PausedLayer, served: PausedLayer
     ) -> list[QuantizedWeight]:
+        weights = [layer[f"{part}.weight"] for part in parts]
+        if not self._linear.needs_moments:
+            return self._linear.quantize_plainly(weights)
         moments = self._linear.moments(
             (x.to(self.device), y, None if residual is None else residual.to(self.device))
             for x, y, residual in zip(
@@ -153,7 +156,7 @@ class LayerQuantizer:
         ratios = []
         if parts == names.QKV and self.recipe.grid == "output":
             ratios = self._head_ratios(layer, exact.inputs[0], next(self._activations(served)))
-        return self._linear.quantize([layer[f"{part}.weight"] for part in parts], moments, ratios)
+        return self._linear.quantize(weights, moments, ratios)
 
     def _head_ratios(self, layer: Layer, exact: Tensor, served: Tensor) -> list[Tensor]:
         """By which to shrink the rows [N] of queries and keys, for attention's output on a batch."""

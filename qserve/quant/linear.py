@@ -11,7 +11,7 @@ from torch import Tensor
 from qserve.formats.weight import QuantizedWeight, W8Weight, WeightGrid, fit_grid
 from qserve.quant.clip import join_grids, search_grid, split_grid
 from qserve.quant.recipe import Recipe
-from qserve.quant.rounding import Moments, damped, gptq, no_worse, propagated
+from qserve.quant.rounding import InverseFactor, Moments, damped, gptq, no_worse, propagated
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class LinearQuantizer:
 
     recipe: Recipe
     group_size: int
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether calibration changes anything."""
+        plain = self.recipe.rounding == "nearest" and self.recipe.grid == "span"
+        return not plain or self.recipe.propagation > 0
 
     def moments(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> Moments:
         """What `quantize` needs of the inputs, as `Moments.of` takes them."""
@@ -30,20 +36,23 @@ class LinearQuantizer:
     ) -> list[QuantizedWeight]:
         """The weights on one grid each. ratios: by which to shrink the rows [N] of the first few,
         instead of a search."""
-        hessian = damped(moments.hessian, self.recipe.damping)
-        weight = propagated(torch.cat(list(weights)), moments, hessian, self.recipe.propagation)
+        hessian, weight = damped(moments.hessian, self.recipe.damping), torch.cat(list(weights))
+        inverse = None
+        if self.recipe.rounding == "gptq" or self.recipe.propagation > 0:
+            inverse = InverseFactor.of(hessian)
+            weight = propagated(weight, moments, inverse, self.recipe.propagation)
         sizes = [len(own) for own in weights]
-        grids = [
-            fit_grid(own, self.group_size, self._per_group(ratio, own))
-            for own, ratio in zip(weight.split(sizes), ratios, strict=False)
-        ]
-        rest = weight[sum(sizes[: len(ratios)]) :]
-        if len(rest):
-            grids.append(self._grid(rest, hessian))
-        grid = join_grids(grids)
-        codes = self._codes(weight, grid, hessian).split(sizes)
-        grids = split_grid(grid, sizes)
-        return [own.pack(rounded) for own, rounded in zip(grids, codes, strict=True)]
+        grid = self._grid(weight.split(sizes), hessian, ratios)
+        codes = grid.quantize(weight)
+        if self.recipe.rounding == "gptq" and inverse is not None:
+            codes = no_worse(gptq(weight, grid, inverse), codes, weight, grid, hessian)
+        pieces = zip(split_grid(grid, sizes), codes.split(sizes), strict=True)
+        return [own.pack(rounded) for own, rounded in pieces]
+
+    def quantize_plainly(self, weights: Sequence[Tensor]) -> list[QuantizedWeight]:
+        """The weights rounded to the nearest codes of the grids that span them."""
+        grids = [fit_grid(weight, self.group_size) for weight in weights]
+        return [grid.pack(grid.quantize(own)) for grid, own in zip(grids, weights, strict=True)]
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The weight rounded on the grid that spans it, float32 [N, K]."""
@@ -52,16 +61,19 @@ class LinearQuantizer:
         grid = fit_grid(weight, self.group_size)
         return grid.dequantize(grid.quantize(weight))
 
-    def _grid(self, weight: Tensor, hessian: Tensor) -> WeightGrid:
+    def _grid(
+        self, weights: Sequence[Tensor], hessian: Tensor, ratios: Sequence[Tensor]
+    ) -> WeightGrid:
+        grids = [
+            fit_grid(weight, self.group_size, ratio if self.group_size == -1 else ratio[:, None])
+            for weight, ratio in zip(weights, ratios, strict=False)
+        ]
+        if len(weights) > len(ratios):
+            grids.append(self._searched(torch.cat(list(weights[len(ratios) :])), hessian))
+        return join_grids(grids)
+
+    def _searched(self, weight: Tensor, hessian: Tensor) -> WeightGrid:
         if self.recipe.grid == "span":
             return fit_grid(weight, self.group_size)
         moments = hessian.diagonal() if self.recipe.grid == "search" else hessian
         return search_grid(weight, self.group_size, moments.to(weight.dtype))
-
-    def _codes(self, weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
-        if self.recipe.rounding == "nearest":
-            return grid.quantize(weight)
-        return no_worse(gptq(weight, grid, hessian), grid.quantize(weight), weight, grid, hessian)
-
-    def _per_group(self, ratio: Tensor, weight: Tensor) -> Tensor:
-        return ratio if self.group_size == -1 else ratio[:, None]

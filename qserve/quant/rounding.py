@@ -90,16 +90,40 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return result
 
 
-def propagated(weight: Tensor, moments: Moments, hessian: Tensor, strength: float) -> Tensor:
+@dataclass(frozen=True)
+class InverseFactor:
+    """U^T U = the inverse of a damped second moment, both of its dimensions in `order`.
+
+    order: i64 [K], falling diagonal. factor: float64 [K, K], upper triangular.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> InverseFactor:
+        """U is the inverse of R, hessian = R R^T, whose flip is the factor of hessian's flip."""
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        backward = order.flip(0)
+        root = torch.linalg.cholesky(hessian[backward[:, None], backward]).flip(0, 1)
+        identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
+        return cls(order, torch.linalg.solve_triangular(root, identity, upper=True))
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """rows [N, K] times the inverse."""
+        product: Tensor = rows[:, self.order] @ self.factor.T @ self.factor
+        return product[:, torch.argsort(self.order)]
+
+
+def propagated(weight: Tensor, moments: Moments, inverse: InverseFactor, strength: float) -> Tensor:
     """The weight [N, K] that makes up, by `strength`, for what the served inputs lack.
 
-    At strength 1 it is the least-squares fit of the exact outputs from the served inputs; hessian
-    is the damped one.
+    At strength 1 it is the least-squares fit of the exact outputs from the served inputs; inverse
+    is that of the damped second moment.
     """
     if strength == 0 or moments.cross is None:
         return weight
-    lacking = weight.double() @ moments.cross
-    correction = torch.cholesky_solve(lacking.T, torch.linalg.cholesky(hessian)).T
+    correction = inverse.solve(weight.double() @ moments.cross)
     return weight + strength * correction.to(weight.dtype)
 
 
@@ -118,30 +142,17 @@ def no_worse(
     return torch.where((errors[0] <= errors[1])[:, None], codes, nearest)
 
 
-def gptq(weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
-    """Codes u8 [N, K] of weight [N, K]; hessian [K, K] is damped. Columns by falling diagonal."""
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    columns = _Columns.of(grid, order)
-    factor = _inverse_factor(hessian, order).float()
-    remaining = weight.T[order].float()
+def gptq(weight: Tensor, grid: WeightGrid, inverse: InverseFactor) -> Tensor:
+    """Codes u8 [N, K] of weight [N, K], its columns rounded in the order of `inverse`."""
+    columns = _Columns.of(grid, inverse.order)
+    factor = inverse.factor.float()
+    remaining = weight.T[inverse.order].float()
     codes = torch.empty_like(remaining, dtype=torch.uint8)
-    for start in range(0, len(order), BLOCK_COLUMNS):
+    for start in range(0, len(remaining), BLOCK_COLUMNS):
         block, later = slice(start, start + BLOCK_COLUMNS), slice(start + BLOCK_COLUMNS, None)
         rounded, errors = round_columns(
             remaining[block], *columns.at(block), factor[block, block].contiguous()
         )
         codes[block] = rounded
         remaining[later].addmm_(factor[block, later].T, errors, alpha=-1)
-    return codes[torch.argsort(order)].T.contiguous()
-
-
-def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = the inverse of `hessian`, both of its dimensions in `order`.
-
-    It is the inverse of R, hessian = R R^T, whose flip is the factor of hessian's flip.
-    """
-    backward = order.flip(0)
-    factor = torch.linalg.cholesky(hessian[backward[:, None], backward]).flip(0, 1)
-    identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
-    return inverse
+    return codes[torch.argsort(inverse.order)].T.contiguous()
