@@ -35,6 +35,12 @@ class Row:
     calibration: str | None = None
     prompts: bool = False
 
+    @property
+    def is_seeded(self) -> bool:
+        """Whether the choice of calibration windows changes anything."""
+        plain = self.recipe.rounding == "nearest" and self.recipe.grid == "span"
+        return not plain or bool(self.recipe.passes) or self.recipe.k_center
+
 
 def methods() -> Iterator[Row]:
     for name, recipe in RECIPES.items():
@@ -94,6 +100,7 @@ def changed() -> Iterator[Row]:
         "reordered channels": replace(QOQ, passes=(*QOQ.passes, ReorderChannels())),
         "32 windows": replace(QOQ, sequences=32),
         "64 windows": replace(QOQ, sequences=64),
+        "16 windows of 1024": replace(QOQ, length=1024),
         "down_proj at 8 bits": replace(QOQ, wide_linears=("mlp.down_proj",)),
     }
     return (Row("changed", name, recipe) for name, recipe in rows.items())

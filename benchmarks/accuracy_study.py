@@ -5,7 +5,8 @@
     python benchmarks/accuracy_study.py --dither 1 --dither 2 --sections dithered ...
 
 Every row goes through `qserve.quant` into a checkpoint and through the ops that serve it. Rows run in
-parallel processes, each seed of all rows before the next seed; `--seconds` starts no more after that.
+parallel processes, each calibration seed of all rows before the next one; `--seconds` starts no more
+rows after that. Rounding to nearest knows no seed and runs once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from qserve.models.source import WeightSource, open_source
 from qserve.quant.pipeline import quantize
 
 FORMATS = {"W": (16, 16), "A8": (8, 16), "KV8": (8, 8), "KV4": (8, 4)}
-"""Bits of activations, bits of keys and values; each step keeps those before it."""
+"""Bits of activations, bits of keys and values; each step keeps those before it. Only methods are
+measured with KV8."""
 
 Windows = Sequence[Sequence[int]]
 
@@ -120,7 +122,7 @@ class Study:
         ]
         jobs = [Job(None, 0, dither) for dither in self._sources]
         for seed in range(self.options.seeds):
-            for row in rows:
+            for row in rows if seed == 0 else filter(lambda row: row.is_seeded, rows):
                 dithers = self.options.dither if row.section == "dithered" else [None]
                 jobs += [Job(row, seed, dither) for dither in dithers]
         return jobs
@@ -149,6 +151,7 @@ class Study:
             found = {
                 name: self._perplexity(load_model(checkpoint, self._config(*bits)))
                 for name, bits in FORMATS.items()
+                if name != "KV8" or job.row.section == "methods"
             }
             prompts = self._prompts(checkpoint) if job.row.prompts else {}
         return {**named, "seed": job.seed, "seconds": seconds, "perplexity": found | prompts}
