@@ -21,6 +21,7 @@ from qserve.kernels.jit import warm_up
 from qserve.kernels.tiles import Problem, Tile, microseconds, tiles_for
 from qserve.testing.timing import time_interleaved
 
+MOST_COPIES = 128
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -28,14 +29,14 @@ def candidates(problem: Problem, weight: CudaWeight) -> list[Tile]:
     """Tiles not hopelessly slower than the model's favourite."""
     scored = [(microseconds(t, problem, weight.device), t) for t in tiles_for(weight.device.arch)]
     best = min(score for score, _ in scored)
-    return [tile for score, tile in sorted(scored, key=lambda s: s[0]) if score < 2 * best][:14]
+    return [tile for score, tile in sorted(scored, key=lambda s: s[0]) if score < 1.5 * best][:8]
 
 
 def measure(weights: list[CudaWeight], tokens: int) -> dict[Tile, float]:
     """Microseconds of each candidate."""
     rows, columns = weights[0].shape
     x = activation(tokens, columns)
-    used = weights if tokens < 256 else weights[:4]
+    used = weights[:MOST_COPIES] if tokens < 256 else weights[:4]
     problem = Problem(tokens, rows, columns, weights[0].policy.name)
     peers = {
         tile: [lambda w=w, t=tile: w.apply_tile(x, None, torch.float16, t) for w in used]

@@ -1,6 +1,10 @@
-"""A few small calls of one kernel path, to be run under NVIDIA's checker on a machine with a GPU:
+r"""A few small calls of one kernel path, to be run under NVIDIA's checker on a machine with a GPU:
 
-    compute-sanitizer --tool racecheck python tests/sanitize_gemm.py large|small|portable|producers
+    compute-sanitizer --tool racecheck --kernel-name kns=w4a8 \
+        python tests/sanitize_gemm.py large|small|portable|tail|producers
+
+`--kernel-name kns=quantize` for the producers; memcheck takes `--report-api-errors no`, since CUDA's
+Python bindings ask the driver for functions that it lacks.
 
 Exits with an error if a result is not the reference's, or if the checker finds something.
 """
@@ -17,6 +21,7 @@ from qserve.formats.weight import QuantizedWeight, W8Weight, fit_grid
 from qserve.kernels.fused import quantize_per_token, rms_norm_quantize, silu_mul_quantize
 from qserve.kernels.gemm import reference_linear
 from qserve.kernels.gemm_cuda import CudaWeight
+from qserve.kernels.gemm_variants import Tail
 from qserve.kernels.tiles import tiles_for
 
 SHAPE = (320, 1088)
@@ -43,6 +48,27 @@ def run_gemms(kind: str) -> None:
             assert torch.equal(out.cpu(), reference_linear(x, weight, None, torch.float16)), tile
 
 
+def run_tails() -> None:
+    """Every tile with a norm and with the gated activation behind it."""
+    weight = CudaWeight.prepare(make_weight(4, -1), torch.device("cuda"))
+    rows, columns = SHAPE
+    gain = torch.ones(rows, dtype=torch.float16, device="cuda")
+    for tile, tokens in product(tiles_for("sm_90a"), (5, 70)):
+        if tile.kind != "small":
+            continue
+        x = quantize_activation(torch.randn(tokens, columns, device="cuda"))
+        residual = torch.randn(tokens, rows, device="cuda").half()
+        expected = weight.apply_tile(x, None, torch.float16, tile)
+        for tail in (Tail("rms_norm_quantize", rows), Tail("silu_mul_quantize", rows // 2)):
+            out = QuantizedActivation.empty(tokens, tail.columns, residual.device)
+            fields: tuple[object, ...] = (out.codes, out.scale, out.row_sum)
+            if tail.is_norm:
+                fields = (residual, gain, torch.empty_like(residual), 1e-5, *fields)
+            assert torch.equal(
+                weight.apply_tile(x, None, torch.float16, tile, tail, fields), expected
+            )
+
+
 def run_producers() -> None:
     """Each producer at an odd and a long row."""
     for tokens, columns in ((3, 576), (5, 14336)):
@@ -56,5 +82,5 @@ def run_producers() -> None:
 
 if __name__ == "__main__":
     path = sys.argv[1]
-    run_producers() if path == "producers" else run_gemms(path)
+    {"producers": run_producers, "tail": run_tails}.get(path, lambda: run_gemms(path))()
     print(f"{path}: done")

@@ -24,6 +24,7 @@ from qserve.kernels.compile import (
     producer_variants,
     require_no_hazards,
     require_sound,
+    tail_variants,
 )
 from qserve.kernels.gemm_variants import Policy, gemm_kernel
 from qserve.kernels.jit import Kernel, KernelError, build
@@ -51,6 +52,13 @@ def test_every_gemm_tile_compiles_soundly(arch: str, kind: str) -> None:
     require_sound(inspect(kernels, arch))
     if arch == "sm_90a" and HAS_DISASSEMBLER:
         require_no_hazards(kernels, arch)
+
+
+def test_gemms_with_tails_compile_soundly() -> None:
+    kernels = tail_variants("sm_90a")[2::4] + tail_variants("sm_90a")[3::4]
+    require_sound(inspect(kernels, "sm_90a"))
+    if HAS_DISASSEMBLER:
+        require_no_hazards(kernels, "sm_90a")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -99,6 +99,14 @@ def test_the_launch_has_the_declared_shape(driver: Driver) -> None:
     assert launch(driver, kernel, (4, 5), (1,)) is config  # nothing is rebuilt for a known grid
 
 
+def test_kernels_overlap_only_where_the_hardware_can(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jit, "device_arch", lambda _: "sm_89")
+    config = launch(driver, Kernel("k.cu", "k", "i", 64, overlap=True), (1,), (1,))
+    assert config.numAttrs == 0
+
+
 def test_a_refused_launch_names_the_kernel(driver: Driver) -> None:
     kernel = Kernel("k.cu", "k", "i", 64, constants={"ROWS": 3})
     launch(driver, kernel, (1,), (1,))
@@ -122,7 +130,13 @@ def test_gemm_grids_and_operands(
 ) -> None:
     weight = W8Weight.quantize(torch.randn(192, 576))
     prepared = CudaWeight(
-        pack_blocks(weight), torch.ones(256), None, Policy(bits=8), (192, 576), Device("x", "", 132)
+        pack_blocks(weight),
+        torch.ones(256),
+        None,
+        Policy(bits=8),
+        (192, 576),
+        Device("x", "", 132),
+        torch.zeros(2, dtype=torch.int32),
     )
     monkeypatch.setattr(gemm_cuda, "tensor_map", lambda *_: PARAMETERS)
     seen: list[Any] = []
@@ -131,7 +145,8 @@ def test_gemm_grids_and_operands(
     out = prepared.apply_tile(x, None, torch.float16, tile)
     ((kernel, _, found_grid, arguments),) = seen
     formats = "".join(kernel.parameter_formats())
-    struct.Struct(formats).pack(*map(jit._value, arguments))  # as many, and of those kinds
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
+    struct.Struct(formats).pack(*values)  # as many, and of those kinds
     assert (out.shape, found_grid) == ((tokens, 192), grid)
     operands = (prepared.packed, prepared.scale, None, None, x.scale, x.row_sum)
     first = next(i for i, argument in enumerate(arguments) if argument is prepared.packed)

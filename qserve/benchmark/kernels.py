@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qserve.benchmark.attention import measure_copy_bandwidth
+from qserve.benchmark.tails import TailRow, bench_tails
 from qserve.benchmark.workloads import FAMILIES, activation, cuda_copies, random_weight
 from qserve.formats.activation import QuantizedActivation
 from qserve.formats.weight import W4Weight
@@ -78,33 +79,40 @@ class GemmRow:
 
 @dataclass(frozen=True)
 class ProducerRow:
-    """Microseconds of one producer, and what it moves as a share of the copy bandwidth."""
+    """Microseconds of one producer and of a copy of as many bytes; copy_share: what it moves, as a
+    share of the bandwidth that a large copy reaches."""
 
     op: str
     tokens: int
     columns: int
     timing: Timing
+    same_copy: Timing
     copy_share: float
 
     def __str__(self) -> str:
         return (
             f"{self.op:20s} M={self.tokens:<5d} {self.columns:6d}  {self.timing.median:8.1f} us"
-            f"  {self.copy_share:4.0%} of copy"
+            f"  {self.copy_share:4.0%} of copy  copy of the same bytes {self.same_copy.median:8.1f} us"
         )
+
+
+Row = GemmRow | ProducerRow | TailRow
 
 
 def bench_kernels(
     families: Sequence[str] = tuple(FAMILIES),
     tokens: Sequence[int] = TOKENS,
     as_json: bool = False,
-) -> list[GemmRow | ProducerRow]:
-    """Check, then time, every linear of the families and the producers; print a row for each.
+) -> list[Row]:
+    """Check, then time, every linear of the families, with tails too, and the producers; print rows.
 
     Raises AssertionError if a kernel's output is not the reference's, bit for bit.
     """
     ceilings = Ceilings.measure()
-    results: Iterator[GemmRow | ProducerRow] = chain(
-        bench_gemms(families, tokens, ceilings), bench_producers(ceilings)
+    results: Iterator[Row] = chain(
+        bench_gemms(families, tokens, ceilings),
+        chain.from_iterable(map(bench_tails, families)),
+        bench_producers(ceilings),
     )
     rows = []
     for row in results:
@@ -162,27 +170,35 @@ def bench_producers(
 ) -> Iterator[ProducerRow]:
     """Every producer at decode and prefill sizes."""
     gain = torch.ones(hidden, dtype=DTYPE, device="cuda")
+
+    def norm(x: Tensor) -> object:
+        x, residual = x.view(2, -1, hidden)
+        return rms_norm_quantize(x, gain, 1e-5, residual)
+
     ops: dict[str, tuple[Producer, int, int]] = {  # call, input columns, bytes per token
-        "rms_norm_quantize": (
-            lambda x: rms_norm_quantize(x, gain, 1e-5, x),
-            hidden,
-            hidden * (2 + 2 + 1),
-        ),
+        "rms_norm_quantize": (norm, 2 * hidden, hidden * (2 + 2 + 2 + 1)),
         "silu_mul_quantize": (silu_mul_quantize, 2 * intermediate, intermediate * (2 * 2 + 1)),
         "quantize_per_token": (quantize_per_token, hidden, hidden * (2 + 1)),
     }
     for op, (call, columns, token_bytes) in ops.items():
         for tokens in (1, 64, 1024, 4096, 8192):
-            timing = _time_producer(call, tokens, columns, tokens * token_bytes)
-            share = tokens * token_bytes / (timing.median * 1e-6) / ceilings.copy_bandwidth
-            yield ProducerRow(op, tokens, columns, timing, share)
+            nbytes = tokens * token_bytes
+            times = _time_producer(call, tokens, columns, nbytes)
+            share = nbytes / (times["op"].median * 1e-6) / ceilings.copy_bandwidth
+            yield ProducerRow(op, tokens, columns, times["op"], times["copy"], share)
 
 
-def _time_producer(call: Producer, tokens: int, columns: int, nbytes: int) -> Timing:
+def _time_producer(call: Producer, tokens: int, columns: int, nbytes: int) -> dict[str, Timing]:
     copies = min(64, copies_beyond_cache(nbytes))
     inputs = [torch.randn(tokens, columns, dtype=DTYPE, device="cuda") for _ in range(copies)]
+    sources = [torch.ones(nbytes // 8, dtype=torch.int32, device="cuda") for _ in range(copies)]
     kept: list[object] = []  # outputs of different calls must not share the cache
-    return time_interleaved({"op": [partial(_keep, kept, call, x) for x in inputs]})["op"]
+    return time_interleaved(
+        {
+            "op": [partial(_keep, kept, call, x) for x in inputs],
+            "copy": [partial(_keep, kept, lambda x: x + 1, x) for x in sources],
+        }
+    )
 
 
 def _keep(kept: list[object], call: Producer, x: Tensor) -> None:

@@ -60,7 +60,7 @@ def quantized_linear(
     weight: prepared for the activations' device. bias: [N], any float dtype.
     Raises OpError on shapes or dtypes that disagree.
     """
-    _check(x, weight.shape, bias, out_dtype)
+    check_linear(x, weight.shape, bias, out_dtype)
     return weight.apply(x, bias, out_dtype)
 
 
@@ -71,7 +71,7 @@ def reference_linear(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The specification of `quantized_linear`: int64 arithmetic on the packed bytes."""
-    _check(x, weight.shape, bias, out_dtype)
+    check_linear(x, weight.shape, bias, out_dtype)
     accumulator = x.codes.long() @ weight.integers().long().T
     return _epilogue(accumulator, x, _Epilogue.of(weight), bias, out_dtype)
 
@@ -136,9 +136,10 @@ def _epilogue(
     return (out if bias is None else out + bias.float()).to(out_dtype)
 
 
-def _check(
+def check_linear(
     x: QuantizedActivation, shape: tuple[int, int], bias: Tensor | None, out_dtype: torch.dtype
-) -> None:
+) -> Contract:
+    """Raise OpError unless x can be multiplied by a weight of `shape`, (N, K)."""
     contract = Contract("quantized_linear")
     contract.check("codes", x.codes, ("M", shape[1]), torch.int8)
     contract.check("scale", x.scale, ("M",), torch.float32)
@@ -146,3 +147,4 @@ def _check(
     if bias is not None:
         contract.check("bias", bias, (shape[0],), *FLOAT_DTYPES)
     contract.require(out_dtype in FLOAT_DTYPES, f"out_dtype must be a float dtype, not {out_dtype}")
+    return contract

@@ -6,6 +6,7 @@ mma.sync kernel. All read the same packed weights and give the same bits as the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 from qserve.formats import layout
 from qserve.formats.activation import QuantizedActivation
 from qserve.formats.weight import QuantizedWeight, W4Weight
-from qserve.kernels.gemm_variants import BLOCK, SLAB_ROWS, Policy, gemm_kernel
+from qserve.kernels.gemm_variants import BLOCK, SLAB_ROWS, Policy, Tail, gemm_kernel
 from qserve.kernels.jit import device_arch
 from qserve.kernels.op import OpError
 from qserve.kernels.tensor_map import tensor_map
@@ -31,7 +32,8 @@ class CudaWeight:
     """A 4- or 8-bit weight on a GPU.
 
     packed: uint8, blocks of 128 x 128 (see csrc/weight.cuh). scale: float32 [N padded].
-    zero: float32 [N padded] of per-channel 4-bit weights, else None.
+    zero: float32 [N padded] of per-channel 4-bit weights, else None. counters: int32 [2], zeros
+    between launches, where the blocks of a launch with a tail meet.
     """
 
     packed: Tensor
@@ -40,6 +42,7 @@ class CudaWeight:
     policy: Policy
     shape: tuple[int, int]
     device: Device
+    counters: Tensor
 
     @classmethod
     def prepare(cls, weight: QuantizedWeight, device: torch.device) -> CudaWeight:
@@ -58,28 +61,36 @@ class CudaWeight:
 
     @classmethod
     def _repack(cls, weight: QuantizedWeight) -> CudaWeight:
-        packed, shape = pack_blocks(weight), weight.shape
-        device = _device(packed.device)
+        packed, zero = pack_blocks(weight), None
         if not isinstance(weight, W4Weight):
-            scale = _pad_rows(weight.dequant_scale.float())
-            return cls(packed, scale, None, Policy(bits=8), shape, device)
-        scale = _pad_rows(weight.s1_scales.float())
-        if weight.group_size != -1:
-            return cls(packed, scale, None, Policy(group_size=weight.group_size), shape, device)
-        zero = weight.zeros()
-        policy = Policy(fractional_zeros=bool((zero != zero.round()).any()))
-        return cls(packed, scale, _pad_rows(zero), policy, shape, device)
+            scale, policy = weight.dequant_scale.float(), Policy(bits=8)
+        elif weight.group_size != -1:
+            scale, policy = weight.s1_scales.float(), Policy(group_size=weight.group_size)
+        else:
+            scale, zero = weight.s1_scales.float(), _pad_rows(weight.zeros())
+            policy = Policy(fractional_zeros=bool((zero != zero.round()).any()))
+        counters = torch.zeros(2, dtype=torch.int32, device=packed.device)
+        device = _device(packed.device)
+        return cls(packed, _pad_rows(scale), zero, policy, weight.shape, device, counters)
 
     def apply(self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """[M, N] in `out_dtype`, float16 or bfloat16."""
-        rows, columns = self.shape
-        problem = Problem(x.codes.shape[0], rows, columns, self.policy.name)
-        return self.apply_tile(x, bias, out_dtype, choose(problem, self.device))
+        return self.apply_tile(x, bias, out_dtype, self.tile_for(x.codes.shape[0]))
+
+    def tile_for(self, tokens: int) -> Tile:
+        """The tile that `apply` takes for so many tokens."""
+        return choose(Problem(max(tokens, 1), *self.shape, self.policy.name), self.device)
 
     def apply_tile(
-        self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype, tile: Tile
+        self,
+        x: QuantizedActivation,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        tile: Tile,
+        tail: Tail | None = None,
+        tail_arguments: tuple[object, ...] = (),
     ) -> Tensor:
-        """`apply` with a given tile."""
+        """`apply` with a given tile, and perhaps a tail with the fields of its struct."""
         if out_dtype not in (torch.float16, torch.bfloat16):
             raise OpError(f"quantized_linear: on a GPU out_dtype is 16 bits wide, not {out_dtype}")
         if bias is not None and bias.dtype != out_dtype:
@@ -87,11 +98,17 @@ class CudaWeight:
         self._require_at_hand(codes=x.codes, scale=x.scale, row_sum=x.row_sum, bias=bias)
         out = torch.empty(x.codes.shape[0], self.shape[0], dtype=out_dtype, device=x.codes.device)
         if len(out):
-            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16)
+            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, tail)
             launch = _LAUNCHES[tile.kind](tile, self, x.codes, out)
             arguments = (*launch.before, *self._operands(x, bias), *launch.after)
+            if tail is not None:
+                arguments += (*tail_arguments, self.counters, self._waiters(len(out), launch.grid))
             kernel(out.device, launch.grid, arguments)
         return out
+
+    def _waiters(self, tokens: int, grid: tuple[int, ...]) -> int:
+        """Blocks that share out the rows: so few that all others always find a multiprocessor."""
+        return min(tokens, math.prod(grid), self.device.multiprocessors // 2)
 
     def _require_at_hand(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from qserve.kernels.jit import Kernel
+from qserve.kernels.producers_cuda import norm_weight_source, row_threads
 from qserve.kernels.tiles import Tile
 from qserve.kernels.wgmma import wgmma_source
 
@@ -61,6 +62,34 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """A producer that the last blocks of a "small" kernel carry out on its output (csrc/tail.cuh).
+
+    op: "rms_norm_quantize" | "silu_mul_quantize". columns: of the producer's rows. float_weight: as
+    of `producer_kernel`.
+    """
+
+    op: str
+    columns: int
+    float_weight: bool = False
+
+    @property
+    def threads(self) -> int:
+        """That hold a row, at most as many as store the smallest tile."""
+        return min(row_threads(self.columns), 256)
+
+    @property
+    def parameters(self) -> str:
+        """`Tail` and `Meeting` of csrc/tail.cuh."""
+        return ("(3Pf3P)" if self.is_norm else "(3P)") + "(Pi)"
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is RMSNorm, else SiLU * mul."""
+        return self.op == "rms_norm_quantize"
+
+
+@dataclass(frozen=True)
 class _Design:
     """What one kernel makes of a tile.
 
@@ -76,14 +105,15 @@ class _Design:
 
 
 @cache
-def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool) -> Kernel:
-    """The variant for a tile, a weight format and an output type."""
+def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool, tail: Tail | None = None) -> Kernel:
+    """The variant for a tile, a weight format and an output type; with a tail, if "small"."""
     design = _DESIGNS[tile.kind](tile, policy)
     offset = _weight_offset(design, policy)
     on_hopper = tile.kind != "portable"
-    return Kernel(
-        f"w4a8_gemm_{tile.kind}{'_sm90' if on_hopper else ''}.cu",
-        f"w4a8_gemm_{tile.kind}",
+    entry = f"w4a8_gemm_{tile.kind}{'_tail' if tail else ''}"
+    kernel = Kernel(
+        f"{entry}{'_sm90' if on_hopper else ''}.cu",
+        entry,
         parameters=design.parameters,
         threads=design.threads,
         shared_bytes=design.shared_bytes,
@@ -105,6 +135,17 @@ def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool) -> Kernel:
             "FRACTIONAL_ZEROS": policy.fractional_zeros,
             "BFLOAT16": bfloat16,
         },
+    )
+    return kernel if tail is None else _with_tail(kernel, tail)
+
+
+def _with_tail(kernel: Kernel, tail: Tail) -> Kernel:
+    rows = {"COLUMNS": tail.columns, "THREADS": tail.threads, "TAIL_IS_NORM": tail.is_norm}
+    return replace(
+        kernel,
+        parameters=kernel.parameters + tail.parameters,
+        generated=kernel.generated + norm_weight_source(tail.float_weight),
+        constants={**kernel.constants, **rows},
     )
 
 

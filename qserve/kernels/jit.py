@@ -24,11 +24,13 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -60,8 +62,8 @@ class Kernel:
     """One variant of one kernel: its source, compile-time constants and launch shape.
 
     shared_bytes: dynamic shared memory of a block. cluster: blocks in a cluster along x.
-    overlap: launch with programmatic stream serialization, so that the kernel may start before its
-    predecessor ends; it must then execute `griddepcontrol.wait` before touching what that wrote.
+    overlap: launch with programmatic stream serialization, so that from sm_90 on the kernel may start
+    before its predecessor ends; it must execute `griddepcontrol.wait` before touching what that wrote.
     generated: further CUDA source, placed before the file's.
     """
 
@@ -100,6 +102,9 @@ class Kernel:
         self, device: torch.device, grid: tuple[int, ...], arguments: Sequence[Any]
     ) -> None:
         """Launch `grid` blocks (x, y, z) on the current stream of `device`."""
+        if _listing is not None:
+            _listing[self] = None
+            return
         index = torch.cuda.current_device() if device.index is None else device.index
         loaded = self._loaded.get(index) or self.load(index)
         loaded.launch(torch._C._cuda_getCurrentRawStream(index), grid, arguments)
@@ -111,6 +116,20 @@ class Kernel:
         return loaded
 
 
+_listing: dict[Kernel, None] | None = None
+
+
+@contextmanager
+def listing() -> Iterator[dict[Kernel, None]]:
+    """Note which variants are called instead of launching them; what they were to write is undefined."""
+    global _listing
+    _listing, before = {}, _listing
+    try:
+        yield _listing
+    finally:
+        _listing = before
+
+
 class _Loaded:
     """A variant on one device."""
 
@@ -119,9 +138,15 @@ class _Loaded:
         self._kernel = kernel
         formats = [format + "0q" for format in kernel.parameter_formats()]  # 0q: 8-byte aligned
         self._layout = struct.Struct("".join(formats))
-        self._offsets = [struct.calcsize("".join(formats[:i])) for i in range(len(formats))]
-        self._table = ctypes.c_void_p * len(formats)
-        cubin = build(kernel, device_arch(device_index)).cubin
+        self._parameters = ctypes.create_string_buffer(max(1, self._layout.size))
+        start = ctypes.addressof(self._parameters)
+        offsets = [struct.calcsize("".join(formats[:i])) for i in range(len(formats))]
+        self._table = (ctypes.c_void_p * len(formats))(*[start + offset for offset in offsets])
+        self._table_address = ctypes.addressof(self._table)
+        self._launching = Lock()
+        arch = device_arch(device_index)
+        self._may_overlap = int(arch[3:].rstrip("a")) >= 90
+        cubin = build(kernel, arch).cubin
         self._code = core.ObjectCode.from_cubin(cubin)
         handle = self._code.get_kernel(kernel.entry).handle
         self._function = driver().CUfunction(int(handle))
@@ -133,12 +158,17 @@ class _Loaded:
         self._config = lru_cache(maxsize=1024)(self._make_config)
 
     def launch(self, stream: int, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
-        packed = self._layout.pack(*map(_value, arguments))
-        start = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value or 0
-        table = self._table(*[start + offset for offset in self._offsets])
+        """The driver copies the parameters before it returns, so one buffer serves every launch."""
+        values = [
+            argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
+            for argument in arguments
+        ]
         config = self._config(stream, grid)
-        status = driver().cuLaunchKernelEx(config, self._function, ctypes.addressof(table), 0)
-        _check(status, self._kernel)
+        with self._launching:
+            self._layout.pack_into(self._parameters, 0, *values)
+            status = driver().cuLaunchKernelEx(config, self._function, self._table_address, 0)
+        if status[0]:
+            _check(status, self._kernel)
 
     def _make_config(self, stream: int, grid: tuple[int, ...]) -> Any:
         kernel = self._kernel
@@ -147,32 +177,26 @@ class _Loaded:
         config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
         config.sharedMemBytes = kernel.shared_bytes
         config.hStream = stream
-        config.attrs = _attributes(kernel)
+        config.attrs = _attributes(kernel.cluster, kernel.overlap and self._may_overlap)
         config.numAttrs = len(config.attrs)
         return config
 
 
-def _attributes(kernel: Kernel) -> list[Any]:
+def _attributes(cluster_size: int, may_overlap: bool) -> list[Any]:
     names = driver().CUlaunchAttributeID
     attributes = []
-    if kernel.cluster > 1:
+    if cluster_size > 1:
         cluster = driver().CUlaunchAttribute()
         cluster.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         size = cluster.value.clusterDim
-        size.x, size.y, size.z = kernel.cluster, 1, 1
+        size.x, size.y, size.z = cluster_size, 1, 1
         attributes.append(cluster)
-    if kernel.overlap:
+    if may_overlap:
         overlap = driver().CUlaunchAttribute()
         overlap.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         overlap.value.programmaticStreamSerializationAllowed = 1
         attributes.append(overlap)
     return attributes
-
-
-def _value(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return 0 if argument is None else argument
 
 
 def warm_up(kernels: Iterable[Kernel], device: torch.device) -> None:

@@ -62,44 +62,53 @@ def quantize_per_token(x: Tensor) -> QuantizedActivation:
 @cache
 def producer_kernel(op: str, columns: int, bfloat16: bool, float_weight: bool) -> Kernel:
     """The variant of `op` for rows of `columns` elements; float_weight: the norm's is float32."""
-    weight = "float" if float_weight else "unsigned short"
     return Kernel(
         "producers.cu",
         op,
         parameters=_PARAMETERS[op],
-        threads=_threads(columns),
+        threads=row_threads(columns),
         overlap=True,
-        constants={"COLUMNS": columns, "THREADS": _threads(columns), "BFLOAT16": bfloat16},
-        generated=f"using NormWeight = {weight};\n",
+        constants={"COLUMNS": columns, "THREADS": row_threads(columns), "BFLOAT16": bfloat16},
+        generated=norm_weight_source(float_weight),
     )
 
 
-def _threads(columns: int) -> int:
-    """Whole warps, about four vectors a thread, at most 512 threads."""
-    warps = -(-columns // (VECTOR * 32 * 4))
-    return 32 * min(16, max(2, warps))
+def norm_weight_source(is_float: bool) -> str:
+    """The type of a norm's weight: float32, or that of the rows."""
+    return f"using NormWeight = {'float' if is_float else 'unsigned short'};\n"
+
+
+def row_threads(columns: int) -> int:
+    """That hold a row: whole warps, two vectors a thread, but four before there are more than 256."""
+    warps = -(-columns // (VECTOR * 32))
+    return 32 * max(2, min(8, -(-warps // 2)), min(16, -(-warps // 4)))
 
 
 def _launch(
     op: str, x: Tensor, columns: int, weight: Tensor | None, arguments: tuple[object, ...]
 ) -> None:
-    _require(x.dtype in (torch.float16, torch.bfloat16), op, f"on a GPU, {x.dtype} is not served")
-    _require(columns % VECTOR == 0, op, f"rows of {columns} are not a multiple of {VECTOR}")
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    _require(all(tensor.is_contiguous() for tensor in tensors), op, "tensors must be contiguous")
-    float_weight = weight is not None and weight.dtype == torch.float32
-    if weight is not None:
-        _require(
-            float_weight or weight.dtype == x.dtype, op, f"weight must be {x.dtype} or float32"
-        )
-    if len(x):
+    objection = _objection(x, columns, weight, arguments)
+    if objection:
+        raise OpError(f"{op}: {objection}")
+    if x.shape[0]:
+        float_weight = weight is not None and weight.dtype == torch.float32
         kernel = producer_kernel(op, columns, x.dtype == torch.bfloat16, float_weight)
-        kernel(x.device, (len(x),), arguments)
+        kernel(x.device, (x.shape[0],), arguments)
 
 
-def _require(condition: bool, op: str, message: str) -> None:
-    if not condition:
-        raise OpError(f"{op}: {message}")
+def _objection(
+    x: Tensor, columns: int, weight: Tensor | None, arguments: tuple[object, ...]
+) -> str | None:
+    """What the kernels do not take, beyond what the op's contract forbids."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"on a GPU, {x.dtype} is not served"
+    if columns % VECTOR:
+        return f"rows of {columns} are not a multiple of {VECTOR}"
+    if not all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor)):
+        return "tensors must be contiguous"
+    if weight is not None and weight.dtype not in (torch.float32, x.dtype):
+        return f"weight must be {x.dtype} or float32"
+    return None
 
 
 def _pointers(out: QuantizedActivation) -> tuple[Tensor, Tensor, Tensor]:

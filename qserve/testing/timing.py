@@ -6,10 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,20 @@ class Timing:
     spread: float
 
 
-def time_interleaved(peers: Mapping[str, Sequence[Call]], rounds: int = 7) -> dict[str, Timing]:
+def time_interleaved(peers: Mapping[Name, Sequence[Call]], rounds: int = 7) -> dict[Name, Timing]:
     """Time each peer's calls as one CUDA graph; rounds alternate between the peers.
 
     The calls of a peer should differ in their weights, together larger than the L2 cache, so that
-    every call finds its weights cold, as in a model.
+    every call finds its weights cold, as in a model. Every other round runs backwards, and the GPU
+    rests twice as long as it has worked, so that no peer pays for another's heat.
     """
     graphs = {name: _capture(calls) for name, calls in peers.items()}
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            times[name].append(_replay(graph) / len(peers[name]))
+    times: dict[Name, list[float]] = {name: [] for name in peers}
+    for turn in range(rounds):
+        for name in list(peers)[:: -1 if turn % 2 else 1]:
+            elapsed = _replay(graphs[name])
+            times[name].append(elapsed / len(peers[name]))
+            time.sleep(2e-6 * elapsed)
     return {name: Timing(statistics.median(t), max(t) - min(t)) for name, t in times.items()}
 
 

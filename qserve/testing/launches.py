@@ -1,0 +1,45 @@
+"""Kernel launches, counted or made differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+from qserve.kernels.jit import Kernel
+
+
+@contextmanager
+def count_launches() -> Iterator[list[Kernel]]:
+    """The kernels launched through `kernels.jit` inside the block, in order."""
+    launched: list[Kernel] = []
+
+    def count(kernel: Kernel) -> Kernel:
+        launched.append(kernel)
+        return kernel
+
+    with _launching(count):
+        yield launched
+
+
+@contextmanager
+def without_overlap() -> Iterator[None]:
+    """Kernels launched inside the block begin only once their predecessors have ended."""
+    with _launching(_serial):
+        yield
+
+
+@contextmanager
+def _launching(instead: Callable[[Kernel], Kernel]) -> Iterator[None]:
+    launch = Kernel.__call__
+    Kernel.__call__ = lambda self, *call: launch(instead(self), *call)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Kernel.__call__ = launch  # type: ignore[method-assign]
+
+
+@cache
+def _serial(kernel: Kernel) -> Kernel:
+    return replace(kernel, overlap=False, _loaded={})
