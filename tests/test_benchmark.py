@@ -15,7 +15,8 @@ import torch
 
 from qserve.benchmark.breakdown import Breakdown, PartTime, Span, own_times, part_of
 from qserve.benchmark.dummy import DummySource, dummy_engine
-from qserve.benchmark.roofline import REST, Rates, Roofline
+from qserve.benchmark.kernels import Ceilings
+from qserve.benchmark.roofline import REST, Roofline
 from qserve.benchmark.serving import (
     Arrival,
     Objectives,
@@ -172,14 +173,14 @@ def test_the_bottleneck_is_what_loses_most_against_its_roofline() -> None:
 
 def test_the_roofline_is_bytes_or_operations_whichever_take_longer() -> None:
     model = ModelConfig.from_hf(json.loads((CONFIGS / "llama-3-8b/config.json").read_text()))
-    rates = Rates(bandwidth=4e12, int8=1e15, float16=7e14)
-    roofline = Roofline(model, KVFormat(4, 128, 8), -1, rates)
+    ceilings = Ceilings(copy_bandwidth=4e12, tensor_rate=1e15)
+    roofline = Roofline(model, KVFormat(4, 128, 8), -1, ceilings)
     weights = sum(n * k for n, k in linear_shapes(model).values())
     small, large = roofline.part_times(1, 1280), roofline.part_times(4096, 1280)
     assert math.isclose(small["GEMM"], 32 * weights / 2 / 4e6, rel_tol=0.01)
     assert math.isclose(large["GEMM"], 32 * 2 * 4096 * weights / 1e9)
     assert math.isclose(small["attention"], 32 * 1280 * 8 * 2 * (64 + 4) / 4e6)
-    assert math.isclose(large["lm_head"], 2 * 4096 * 128256 * 4096 / 7e8)
+    assert math.isclose(large["lm_head"], 2 * 4096 * 128256 * 4096 / 5e8)
 
 
 def test_arrivals_are_poisson_and_the_seed_decides() -> None:

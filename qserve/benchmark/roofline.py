@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-
-from qserve.benchmark.attention import measure_copy_bandwidth
+from qserve.benchmark.kernels import Ceilings
 from qserve.formats.kv import KVFormat
 from qserve.models.config import ModelConfig
 from qserve.models.names import linear_shapes
-from qserve.testing.timing import Call, time_interleaved
 
 REST = "sampling, indices"
 """The part of a step that samples tokens and moves what the step is told."""
-
-_SIZE = 8192
-
-
-@dataclass(frozen=True)
-class Rates:
-    """bytes/s of a copy; operations/s of an 8192^3 product in int8 and in float16, by cuBLAS."""
-
-    bandwidth: float
-    int8: float
-    float16: float
-
-    @classmethod
-    def measure(cls) -> Rates:
-        """All three, on random data."""
-        codes = torch.randint(-127, 128, (4, _SIZE, _SIZE), dtype=torch.int8, device="cuda")
-        values = torch.randn(4, _SIZE, _SIZE, dtype=torch.float16, device="cuda")
-        int8: Sequence[Call] = [partial(torch._int_mm, codes[0], matrix.t()) for matrix in codes]
-        float16: Sequence[Call] = [partial(torch.mm, values[0], matrix.t()) for matrix in values]
-        times = time_interleaved({"int8": int8, "float16": float16})
-        operations = 2 * _SIZE**3
-        seconds = {name: timing.median * 1e-6 for name, timing in times.items()}
-        return cls(
-            measure_copy_bandwidth(),
-            operations / seconds["int8"],
-            operations / seconds["float16"],
-        )
 
 
 @dataclass(frozen=True)
 class Roofline:
     """The larger of bytes over bandwidth and operations over the tensor cores' rate.
 
-    group_size: of 4-bit weights, -1 for per-channel.
+    group_size: of 4-bit weights, -1 for per-channel. 16-bit products run at half the rate of 8-bit
+    ones.
     """
 
     model: ModelConfig
     kv_format: KVFormat
     group_size: int
-    rates: Rates
+    ceilings: Ceilings
 
     def part_times(self, batch: int, context: int) -> dict[str, float]:
         """Part of a step -> microseconds, for `batch` sequences that hold `context` tokens."""
@@ -75,7 +44,7 @@ class Roofline:
         return sum(
             max(
                 self._bytes(rows * columns * (0.5 + scales) + batch * (columns + 2 * rows)),
-                2 * batch * rows * columns / self.rates.int8 * 1e6,
+                2 * batch * rows * columns / self.ceilings.tensor_rate * 1e6,
             )
             for rows, columns in linear_shapes(self.model).values()
         )
@@ -95,7 +64,7 @@ class Roofline:
     def _lm_head(self, batch: int) -> float:
         rows, columns = self.model.vocab_size, self.model.hidden_size
         moved = 2 * rows * (columns + batch)
-        return max(self._bytes(moved), 2 * batch * rows * columns / self.rates.float16 * 1e6)
+        return max(self._bytes(moved), 4 * batch * rows * columns / self.ceilings.tensor_rate * 1e6)
 
     def _bytes(self, count: float) -> float:
-        return count / self.rates.bandwidth * 1e6
+        return count / self.ceilings.copy_bandwidth * 1e6

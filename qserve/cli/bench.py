@@ -70,8 +70,7 @@ def throughput(
     result = bench_throughput(engine, num_requests, input_len, output_len)
     parts = None
     if breakdown:
-        context = input_len + output_len // 2
-        parts = bench_breakdown(engine, int(group_size), result.largest_batch, context)
+        parts = bench_breakdown(engine, int(group_size), result.largest_batch, input_len)
     if as_json:
         print(json.dumps(result.to_json() | ({"breakdown": parts.to_json()} if parts else {})))
         return
