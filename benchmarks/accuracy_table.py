@@ -12,54 +12,43 @@ Result = dict[str, Any]
 
 
 def tables(results: list[Result]) -> str:
-    """One table per section, the dithered ones with the share of the gap to rtn that is closed."""
-    reference = [r for r in results if r["section"] == "unquantized"]
-    lines = [f"Unquantized: {_spread(_values(_undithered(reference), 'W'))}", ""]
-    for section in dict.fromkeys(r["section"] for r in results if r not in reference):
-        own = [r for r in results if r["section"] == section]
-        lines += _table(section, own, reference if section == "dithered" else [])
+    """One table per section and model; of dithered ones with the share of the gap that is closed."""
+    lines: list[str] = []
+    for dither in dict.fromkeys(r["dither"] for r in results):
+        model = [r for r in results if r["dither"] == dither]
+        exact = _values([r for r in model if r["section"] == "unquantized"], "W")
+        name = "Unquantized" if dither is None else f"Unquantized, dithered by seed {dither}"
+        lines += [f"{name}: {_spread(exact)}", ""]
+        for section in dict.fromkeys(r["section"] for r in model if "seed" in r):
+            own = [r for r in model if r["section"] == section]
+            lines += _table(section, own, None if dither is None else _mean(exact))
     return "\n".join(lines) + "\n"
 
 
-def _table(section: str, results: list[Result], reference: list[Result]) -> list[str]:
+def _table(section: str, results: list[Result], exact: float | None) -> list[str]:
+    """exact: the unquantized model's perplexity, where the gap to it is to be compared."""
     formats = list(dict.fromkeys(name for r in results for name in r["perplexity"]))
-    head = [section, *formats, *(["gap closed"] if reference else []), "runs", "seconds"]
+    head = [section, *formats, *([] if exact is None else ["gap closed"]), "runs", "seconds"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name in dict.fromkeys(r["name"] for r in _in_order(results)):
         own = [r for r in results if r["name"] == name]
         cells = [_spread(_values(own, each)) for each in formats]
-        if reference:
-            cells.append(_closed(own, results, reference))
+        if exact is not None:
+            cells.append(_closed(own, results, exact))
         seconds = sum(r["seconds"] for r in own) / len(own)
         lines.append(_line([name, *cells, str(len(own)), f"{seconds:.0f}"]))
     return [*lines, ""]
 
 
-def _closed(own: list[Result], results: list[Result], reference: list[Result]) -> str:
+def _closed(own: list[Result], results: list[Result], exact: float) -> str:
     """Of the gap between rtn at the same group size and the unquantized model, in percent."""
     suffix = ", per channel" if own[0]["name"].endswith("per channel") else ""
-    nearest = [r for r in results if r["name"] == "rtn" + suffix]
-    exact, rounded, found = (
-        {
-            dither: _mean(_values([r for r in rows if r["dither"] == dither], column))
-            for dither in _dithers(own)
-        }
-        for rows, column in ((reference, "W"), (nearest, "KV4"), (own, "KV4"))
-    )
-    shares = [100 * (rounded[d] - found[d]) / (rounded[d] - exact[d]) for d in found]
-    return " / ".join(f"{share:.0f} %" for share in shares)
-
-
-def _dithers(results: list[Result]) -> list[int]:
-    return sorted({r["dither"] for r in results})
-
-
-def _undithered(results: Iterable[Result]) -> list[Result]:
-    return [r for r in results if r["dither"] is None]
+    rounded = _mean(_values([r for r in results if r["name"] == "rtn" + suffix], "KV4"))
+    return f"{100 * (rounded - _mean(_values(own, 'KV4'))) / (rounded - exact):.0f} %"
 
 
 def _in_order(results: list[Result]) -> list[Result]:
-    """As the first seed's rows stand when sorted by what they reach."""
+    """By what their rows reach."""
     return sorted(
         results, key=lambda r: _mean(_values([s for s in results if s["name"] == r["name"]], "KV4"))
     )
