@@ -28,8 +28,8 @@ class EngineConfig:
         then dequantized at load); None is what the checkpoint says.
     num_pages: pages of the cache, 64 tokens each; None takes what the memory holds and the limits
         above can use.
-    gpu_memory_utilization: share of the device's free memory that the cache may take (of the
-        host's, without a GPU).
+    gpu_memory_utilization: share of the memory that is free beside the weights, of the GPU or else
+        of the host, which the cache and the steps may take.
     enable_prefix_caching: share the pages of equal prompt beginnings between requests.
     dtype: of the activations; "auto" is the checkpoint's on a GPU, float32 on a CPU.
     device: "auto" is the GPU where there is one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -308,8 +308,36 @@ def test_the_cache_fits_the_memory_it_may_take(monkeypatch: pytest.MonkeyPatch) 
     assert make_engine(num_pages=None, max_num_sequences=1, max_model_len=65).stats.pages_total == 2
     with pytest.raises(ConfigError, match="a page of the cache takes"):
         make_engine(num_pages=None, gpu_memory_utilization=0.05)
+    tried = []
+
+    def peak_bytes(step: Callable[[], None]) -> int:
+        tried.append(step())
+        return page_bytes
+
+    policy = replace(PLAIN, peak_bytes=peak_bytes)
+    assert make_engine(policy, num_pages=None).stats.pages_total == 9 - len(tried) == 7
     with pytest.raises(ConfigError, match="max_model_len 1000"):
         make_engine(max_model_len=1000)
+
+
+def test_the_largest_steps_are_tried_before_the_cache_is_sized() -> None:
+    shapes = []
+
+    def prepare(steps: Iterable[Callable[[], object]]) -> None:
+        outputs = [step() for step in steps]
+        shapes.extend(len(output.hidden) for output in outputs)  # type: ignore[attr-defined]
+
+    limits = {"max_num_sequences": 20, "max_batched_tokens": 200, "max_model_len": 150}
+    make_engine(replace(PLAIN, prepare=prepare), **limits)
+    assert shapes == [1, 2, 4, 8, 16, 20, 16, 32, 64, 128, 187, 20]
+
+
+def test_a_step_that_does_not_fit_is_one_error_at_the_start() -> None:
+    def peak_bytes(step: Callable[[], None]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ConfigError, match="lower max_batched_tokens"):
+        make_engine(replace(PLAIN, peak_bytes=peak_bytes), num_pages=None)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from qserve.config import ConfigError, EngineConfig
 from qserve.engine.block_pool import BlockPool
 from qserve.engine.device import DevicePolicy
+from qserve.engine.fitting import fit_runner
 from qserve.engine.grammar import GrammarCompiler
-from qserve.engine.kv_cache import choose_num_pages, kv_format_of
+from qserve.engine.kv_cache import kv_format_of
 from qserve.engine.loading import UNQUANTIZED, load_model
 from qserve.engine.logprobs import Place, ScoredTokens, score_prompts, score_sampled
 from qserve.engine.output import RequestState
@@ -25,7 +26,7 @@ from qserve.engine.request import (
     SequenceOutput,
     TokenLogprob,
 )
-from qserve.engine.runner import CacheShape, ModelRunner, StepOutput
+from qserve.engine.runner import StepOutput
 from qserve.engine.sampler import Row, Sampler
 from qserve.engine.scheduler import Scheduler, StepPlan
 from qserve.engine.sequence import Sequence, SequenceStatus, sequence_seed
@@ -72,21 +73,21 @@ class Engine:
         self.max_model_len = _max_model_len(config, self.model.max_positions)
         self.kv_format = kv_format_of(decoder, config.kv_bits or quantization.kv_bits)
         self.limits = self._policy.limits(config, self.max_model_len)
-        page_bytes = self.model.num_layers * self.kv_format.page_bytes
-        num_pages = choose_num_pages(config, self.limits, page_bytes, decoder.device)
-        self._pool = BlockPool(num_pages, PAGE_TOKENS)
+        self._runner = fit_runner(
+            decoder,
+            self.kv_format,
+            quantization.k_hadamard,
+            config,
+            self.limits,
+            self._policy,
+        )
+        self._pool = BlockPool(self._runner.num_pages, PAGE_TOKENS)
         self._scheduler = Scheduler(
             self._pool,
             self.limits.max_num_sequences,
             self.limits.max_batched_tokens,
             self.max_model_len,
             config.enable_prefix_caching,
-        )
-        self._runner = ModelRunner(
-            decoder,
-            CacheShape(self.kv_format, num_pages, quantization.k_hadamard),
-            self.limits,
-            self._policy.capture,
         )
         self._sampler = Sampler()
         self._under_way: deque[StepUnderWay] = deque()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qserve.engine.batch import StepShape
-from qserve.engine.device import Capture
+from qserve.engine.device import Work
 from qserve.engine.scheduler import StepPlan
 
 _NARROWEST = 32
@@ -20,24 +20,29 @@ class DecodeGraphs:
     """Chooses a recorded step for a plan, a little larger than it if need be, and replays it.
 
     compute: (shape, buffer with its tensors on the device) -> nothing; what it yields must go to
-    tensors that stay where they are. A size is recorded when it is first met.
+    tensors that stay where they are. A shape is recorded when it is first met.
     """
 
     def __init__(
         self,
         compute: Callable[[StepShape, Tensor], None],
-        capture: Capture,
+        capture: Callable[[Work], Work],
         max_num_sequences: int,
         max_pages: int,
         device: torch.device,
     ) -> None:
         self._compute = compute
         self._capture = capture
-        self._sizes = tuple(_sizes(max_num_sequences))
+        self._sizes = tuple(batch_sizes(max_num_sequences))
         self._widths = tuple(_widths(max_pages))
         largest = StepShape.of_decodes(self._sizes[-1], self._widths[-1])
         self._inputs = torch.zeros(largest.nbytes, dtype=torch.uint8, device=device)
-        self._replays: dict[StepShape, Callable[[], None]] = {}
+        self._replays: dict[StepShape, Work] = {}
+
+    @property
+    def common_shapes(self) -> list[StepShape]:
+        """Those of the narrowest page table, the largest first: the others then share its memory."""
+        return [StepShape.of_decodes(size, self._widths[0]) for size in reversed(self._sizes)]
 
     def shape_for(self, plan: StepPlan) -> StepShape | None:
         """The shape to stage the plan in; None if it is no step of decodes alone."""
@@ -57,7 +62,7 @@ class DecodeGraphs:
             self._replays[shape] = self._capture(lambda: self._compute(shape, self._inputs))
 
 
-def _sizes(limit: int) -> Iterator[int]:
+def batch_sizes(limit: int) -> Iterator[int]:
     """Batch sizes up to `limit`, finer where a step's time grows with each sequence."""
     ranges = (range(16, 64, 8), range(64, 256, 16), range(256, 512, 32))
     for size in chain((1, 2, 4, 8), *ranges, range(512, limit, 64)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,18 @@ from qserve.formats.kv import KVFormat
 from qserve.models.decoder import Decoder
 
 
+@dataclass(frozen=True)
+class CacheShape:
+    """A cache: its format, pages, and whether keys are rotated before they are stored.
+
+    One page more than `num_pages` exists: rows that pad a step write there.
+    """
+
+    kv_format: KVFormat
+    num_pages: int
+    hadamard: bool = False
+
+
 def kv_format_of(decoder: Decoder, bits: int) -> KVFormat:
     """The format of a decoder's cache; unquantized pages hold bfloat16 if the model computes in
     it."""
@@ -23,20 +36,25 @@ def kv_format_of(decoder: Decoder, bits: int) -> KVFormat:
 
 
 def choose_num_pages(
-    config: EngineConfig, limits: StepLimits, page_bytes: int, device: torch.device
+    config: EngineConfig,
+    limits: StepLimits,
+    page_bytes: int,
+    reserved: int,
+    device: torch.device,
 ) -> int:
     """Pages that the limits can use, or that fit the share of free memory, whichever is less.
 
-    page_bytes: of one page in all layers. Raises ConfigError if not one page fits.
+    page_bytes: of one page in all layers. reserved: bytes of that share that steps need themselves.
+    Raises ConfigError if not one page fits.
     """
-    if config.num_pages is not None:
-        return config.num_pages
     useful = limits.max_num_sequences * limits.max_pages
-    available = int(free_bytes(device) * config.gpu_memory_utilization)
+    available = int(free_bytes(device) * config.gpu_memory_utilization) - reserved
     num_pages = min(useful, available // page_bytes)
     if num_pages < 1:
         raise ConfigError(
-            f"a page of the cache takes {page_bytes} bytes, but only {available} are available"
+            f"a page of the cache takes {page_bytes} bytes, but of the free memory's share only "
+            f"{max(available, 0)} are left beside the {reserved} that a step needs: lower "
+            "max_batched_tokens or max_num_sequences, or raise gpu_memory_utilization"
         )
     return num_pages
 

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qserve.engine.batch import LatestTokens, StepShape, stage
-from qserve.engine.device import Capture, StepLimits
+from qserve.engine.device import StepLimits, Work
 from qserve.engine.graphs import DecodeGraphs
-from qserve.engine.kv_cache import allocate_pools
+from qserve.engine.kv_cache import CacheShape, allocate_pools
 from qserve.engine.scheduler import StepPlan
 from qserve.engine.sequence import Sequence
 from qserve.engine.threads import StepThreads
-from qserve.formats.kv import KVFormat
 from qserve.models.attention import PagedAttention
 from qserve.models.decoder import Decoder
 from qserve.models.rope import rope_table
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """The cache of a runner: its format, pages, and whether keys are rotated before they are stored.
-
-    One page more than `num_pages` exists: rows that pad a step write there.
-    """
-
-    kv_format: KVFormat
-    num_pages: int
-    hadamard: bool = False
 
 
 class ModelRunner:
@@ -44,7 +31,7 @@ class ModelRunner:
         decoder: Decoder,
         cache: CacheShape,
         limits: StepLimits,
-        capture: Capture | None = None,
+        capture: Callable[[Work], Work] | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -60,6 +47,11 @@ class ModelRunner:
             self._graphs = DecodeGraphs(self._decode, capture, *sizes, device)
 
     @property
+    def num_pages(self) -> int:
+        """That sequences may own."""
+        return self._cache.num_pages
+
+    @property
     def device(self) -> torch.device:
         return self._decoder.device
 
@@ -69,8 +61,14 @@ class ModelRunner:
         shape = self._graphs.shape_for(plan) if self._graphs else None
         if self._graphs is None or shape is None:
             return self._run_eagerly(plan)
-        self._graphs.run(shape, self._stage(plan, shape))
+        self._replay(plan, shape)
         return StepOutput(self._logits[: len(plan.sampled)], None)
+
+    def warm_up(self) -> None:
+        """Record the steps that are replayed, but for those of long contexts."""
+        if self._graphs is not None:
+            for shape in self._graphs.common_shapes:
+                self._replay(StepPlan(()), shape)
 
     @torch.inference_mode()
     def remember(self, sequences: Iterable[Sequence], token_ids: Tensor) -> None:
@@ -81,6 +79,11 @@ class ModelRunner:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, V] of hidden states [n, H]."""
         return self._decoder.logits(hidden)
+
+    @torch.inference_mode()
+    def _replay(self, plan: StepPlan, shape: StepShape) -> None:
+        assert self._graphs is not None
+        self._graphs.run(shape, self._stage(plan, shape))
 
     def _stage(self, plan: StepPlan, shape: StepShape) -> Tensor:
         pinned = self.device.type != "cpu"

@@ -166,7 +166,8 @@ def _draw(logits: Tensor, rows: Rows) -> Tensor:
     positions = to_device([row.num_tokens for row in rows], logits.device)
     cumulative = shares.cumsum(dim=-1)
     threshold = (uniform(seeds, positions)[:, None] * cumulative[:, -1:]).long()
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return drawn.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers, any token
 
 
 def _keep_top_k(logits: Tensor, rows: Rows) -> Tensor:
