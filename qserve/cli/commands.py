@@ -11,7 +11,15 @@ import qserve
 from qserve.cli.bench import bench, kernels
 from qserve.cli.evaluate import evaluate
 from qserve.cli.model import DEFAULT_RECIPE, display_name, load_engine, quantize_model
-from qserve.cli.options import KVBits, Model, Precision, bits_of
+from qserve.cli.options import (
+    GROUP_SIZES,
+    Calibration,
+    GroupSizeOption,
+    KVBits,
+    Model,
+    Precision,
+    bits_of,
+)
 from qserve.config import EngineConfig, ServerConfig
 
 app = typer.Typer(
@@ -26,12 +34,6 @@ for group, name in ((evaluate, "evaluate"), (bench, "bench"), (kernels, "kernels
 
 
 SERVER = ServerConfig()
-GROUP_SIZES: dict[str, Literal["auto", -1, 64, 128]] = {
-    "auto": "auto",
-    "64": 64,
-    "128": 128,
-    "-1": -1,
-}
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,18 +59,18 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the checkpoint goes.")],
     recipe: Annotated[str, typer.Option(help="How to quantize.")] = DEFAULT_RECIPE,
-    group_size: Annotated[
-        Literal["auto", "64", "128", "-1"], typer.Option(help="Weights per scale; -1: a channel's.")
-    ] = "auto",
-    calibration: Annotated[
-        str | None, typer.Option(help="A text file or a hub data set to calibrate with.")
+    group_size: GroupSizeOption = "auto",
+    calibration: Calibration = None,
+    wide: Annotated[
+        list[str] | None,
+        typer.Option(help="Linears to keep at 8 bits: mlp.down_proj, or 'model.layers.0.*'."),
     ] = None,
 ) -> None:
     """Quantize a model to W4A8KV4; an existing checkpoint is replaced once the new one is whole."""
     from qserve.models.source import open_source
 
     size = GROUP_SIZES[group_size]
-    quantize_model(open_source(model), output, recipe, size, calibration)
+    quantize_model(open_source(model), output, recipe, size, calibration, tuple(wide or ()))
 
 
 @app.command()

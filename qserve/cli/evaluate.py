@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qserve.cli.options import KVBits, Model, bits_of
+from qserve.cli.model import console
+from qserve.cli.options import GROUP_SIZES, Calibration, GroupSizeOption, KVBits, Model, bits_of
 from qserve.config import ConfigError, EngineConfig
 
 if TYPE_CHECKING:
@@ -85,6 +87,56 @@ def diff(
 
 
 @evaluate.command()
+def compare(
+    model: Model,
+    recipes: Annotated[str, typer.Option(help="Separated by commas.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for all of it.")],
+    text: Text = None,
+    dataset: Dataset = None,
+    seq_len: SeqLen = 2048,
+    max_windows: MaxWindows = None,
+    group_size: GroupSizeOption = "auto",
+    calibration: Calibration = None,
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="4, 8, 16, separated by commas; or each one's own.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="8, 16, separated by commas; or each recipe's own.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Of calibration, separated by commas.")] = "0",
+    device: Device = "auto",
+) -> None:
+    """Quantize by several recipes and measure each; goes on where it was stopped.
+
+    Writes comparison.md, comparison.json and comparison.png beside the checkpoints.
+    """
+    _require_extra("matplotlib")
+    content = _content(text, dataset)
+    from qserve.evaluation.compare import Study
+    from qserve.evaluation.compare import compare as run
+    from qserve.evaluation.report import comparison_lines, write_comparison
+    from qserve.models.source import open_source
+    from qserve.quant.recipe import find_recipe
+
+    study = Study(
+        open_source(model),
+        [find_recipe(name) for name in recipes.split(",")],
+        content,
+        window_length=seq_len,
+        max_windows=max_windows,
+        group_size=GROUP_SIZES[group_size],
+        calibration=calibration,
+        seeds=_integers("--seeds", seeds),
+        kv_bits=_integers("--kv", kv) if kv else (None,),
+        activation_bits=_integers("--activations", activations) if activations else (None,),
+        device=device,
+    )
+    comparison = run(study, output, console)
+    write_comparison(comparison, output)
+    print("\n".join(comparison_lines(comparison)))
+
+
+@evaluate.command()
 def tasks(
     model: Model,
     names: Annotated[str, typer.Option("--tasks", help="Of lm-eval, separated by commas.")],
@@ -101,10 +153,9 @@ def tasks(
     as_json: AsJson = False,
 ) -> None:
     """Zero- and few-shot tasks of the lm-evaluation-harness."""
-    try:
-        from lm_eval.utils import make_table
-    except ImportError as error:
-        raise ConfigError("to evaluate tasks: pip install 'qserve[evaluation]'") from error
+    _require_extra("lm_eval")
+    from lm_eval.utils import make_table
+
     from qserve.evaluation.tasks import evaluate_tasks
 
     served = _load(model, kv, activations, device).model
@@ -117,6 +168,19 @@ def _load(model: str, kv: str | None, activations: str | None, device: str) -> E
 
     config = EngineConfig(kv_bits=bits_of(kv), activation_bits=bits_of(activations), device=device)
     return EvaluatedModel.open(model, config)
+
+
+def _require_extra(module: str) -> None:
+    """Raise ConfigError if a module of the extra `evaluation` is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{module} is not installed: pip install 'qserve[evaluation]'")
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is not integers separated by commas") from error
 
 
 def _content(text: Path | None, dataset: str | None) -> str:

@@ -22,6 +22,19 @@ KVBits = Annotated[
     typer.Option("--kv", help="Bits of the KV cache, instead of the checkpoint's own."),
 ]
 
+GROUP_SIZES: dict[str, Literal["auto", -1, 64, 128]] = {
+    "auto": "auto",
+    "64": 64,
+    "128": 128,
+    "-1": -1,
+}
+GroupSizeOption = Annotated[
+    Literal["auto", "64", "128", "-1"], typer.Option(help="Weights per scale; -1: a channel's.")
+]
+Calibration = Annotated[
+    str | None, typer.Option(help="A text file or a hub data set to calibrate with.")
+]
+
 
 def bits_of(kv: str | None) -> int | None:
     return None if kv is None else int(kv)

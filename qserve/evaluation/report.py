@@ -1,9 +1,14 @@
-"""Results as people read them: Markdown tables."""
+"""Results as people read them: Markdown tables, and the files of a comparison."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
 
+from qserve.evaluation.compare import Comparison, Row
 from qserve.evaluation.diff import LayerDiff, ModelDiff
 
 
@@ -22,6 +27,60 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iter
     yield line(header)
     yield line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     yield from map(line, rows)
+
+
+def comparison_lines(comparison: Comparison) -> Iterator[str]:
+    """A table of perplexities, smallest first, over the seeds of each recipe and format."""
+    yield f"Perplexity over {comparison.tokens} tokens; with several seeds the mean, and from least"
+    yield "to most. KL divergence and likeliest tokens: the checkpoint with its own formats against"
+    yield "the original."
+    yield ""
+    header = ("recipe", "group", "A", "KV", "perplexity", "over unquantized", "MB", "KL", "top-1")
+    groups = sorted(by_format(comparison.rows), key=lambda rows: _mean(rows, "perplexity"))
+    size = f"{comparison.unquantized_bytes / 1e6:.1f}"
+    first = ["unquantized", "", "16", "16", f"{comparison.unquantized:.3f}", "", size, "", ""]
+    yield from markdown_table(
+        header, [first, *(_comparison_cells(rows, comparison) for rows in groups)]
+    )
+
+
+def by_format(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that differ in their seeds alone, together."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.recipe, row.group_size, row.activation_bits, row.kv_bits)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _comparison_cells(rows: Sequence[Row], comparison: Comparison) -> list[str]:
+    row, mean = rows[0], _mean(rows, "perplexity")
+    values = [each.perplexity for each in rows]
+    spread = f" ({min(values):.3f} - {max(values):.3f})" if len(rows) > 1 else ""
+    return [
+        row.recipe,
+        "channel" if row.group_size == -1 else str(row.group_size),
+        str(row.activation_bits),
+        str(row.kv_bits),
+        f"{mean:.3f}{spread}",
+        f"{mean - comparison.unquantized:+.3f}",
+        f"{row.bytes / 1e6:.1f}",
+        f"{_mean(rows, 'kl_divergence'):.4f}",
+        f"{_mean(rows, 'top1_agreement'):.2%}",
+    ]
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return fmean(getattr(row, name) for row in rows)
+
+
+def write_comparison(comparison: Comparison, output: Path) -> None:
+    """comparison.md, comparison.json and comparison.png in an existing folder."""
+    from qserve.evaluation.plot import comparison_figure
+
+    (output / "comparison.md").write_text("\n".join([*comparison_lines(comparison), ""]))
+    (output / "comparison.json").write_text(json.dumps(asdict(comparison), indent=1))
+    comparison_figure(comparison).savefig(output / "comparison.png", dpi=150)
 
 
 def diff_lines(diff: ModelDiff) -> Iterator[str]:

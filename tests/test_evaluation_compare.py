@@ -1,0 +1,188 @@
+"""Recipes compared: numbers are those of the single commands, and what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from qserve.cli import main
+from qserve.config import EngineConfig
+from qserve.evaluation import compare as module
+from qserve.evaluation.compare import Comparison, Row, Study, compare
+from qserve.evaluation.perplexity import measure_perplexity
+from qserve.evaluation.report import comparison_lines, write_comparison
+from qserve.evaluation.sequences import EvaluatedModel
+from qserve.evaluation.text import TextError
+from qserve.quant.recipe import Recipe, RecipeError
+from qserve.testing.tiny import MemorySource, save_tiny_model, tiny_source
+
+TEXT = "The quick brown fox jumps over the lazy dog; äöü. " * 12
+SHORT = {"rounding": "nearest", "sequences": 4, "length": 64}
+NEAREST = Recipe("nearest", **SHORT)  # type: ignore[arg-type]
+ROTATED = Recipe("rotated", rotation="always", k_hadamard=True, **SHORT)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def source() -> MemorySource:
+    return tiny_source()
+
+
+def study(source: MemorySource, /, **changes: object) -> Study:
+    basis = Study(source, [NEAREST], TEXT, window_length=100, group_size=64)
+    return replace(basis, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def work() -> Iterator[list[str]]:
+    """What is done while the test runs."""
+    done: list[str] = []
+
+    def watched(name: str) -> object:
+        function = getattr(module, name)
+
+        def call(*arguments: object, **settings: object) -> object:
+            done.append(name)
+            return function(*arguments, **settings)
+
+        return patch.object(module, name, call)
+
+    names = ("quantize", "measure_perplexity", "diff_models")
+    with watched(names[0]), watched(names[1]), watched(names[2]):  # type: ignore[attr-defined]
+        yield done
+
+
+def test_numbers_are_those_of_single_measurements(source: MemorySource, tmp_path: Path) -> None:
+    result = compare(
+        study(source, recipes=[NEAREST, ROTATED], kv_bits=(None, 16), activation_bits=(8, 16)),
+        tmp_path,
+    )
+    unquantized = EvaluatedModel.open(source, EngineConfig()).model
+    assert result.unquantized == measure_perplexity(unquantized, TEXT, 100).perplexity
+    assert [(row.recipe, row.kv_bits, row.activation_bits) for row in result.rows] == [
+        (recipe, kv, activations)
+        for recipe in ("nearest", "rotated")
+        for kv in (4, 16)
+        for activations in (8, 16)
+    ]
+    for row in result.rows:
+        (checkpoint,) = (tmp_path / "checkpoints").glob(f"{row.recipe}-g64-seed0-*")
+        config = EngineConfig(kv_bits=row.kv_bits, activation_bits=row.activation_bits)
+        evaluated = EvaluatedModel.open(checkpoint, config)
+        assert row.perplexity == measure_perplexity(evaluated.model, TEXT, 100).perplexity
+        assert row.bytes == sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        assert row.bytes < result.unquantized_bytes
+        assert len(row.output_sqnr_db) == 2 and row.kl_divergence > 0
+    assert len({row.perplexity for row in result.rows}) == 8
+
+
+def test_what_is_done_is_not_done_again(
+    source: MemorySource, tmp_path: Path, work: list[str]
+) -> None:
+    first = compare(study(source), tmp_path)
+    assert work == ["measure_perplexity", "quantize", "diff_models", "measure_perplexity"]
+    work.clear()
+    assert compare(study(source), tmp_path) == first and work == []
+    both = compare(study(source, kv_bits=(None, 16)), tmp_path)
+    assert work == ["measure_perplexity"] and both.rows[0] == first.rows[0]
+    work.clear()
+    seeds = compare(study(source, seeds=(0, 1)), tmp_path)
+    assert work == ["quantize", "diff_models", "measure_perplexity"]
+    assert seeds.rows[0] == first.rows[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipes": [replace(NEAREST, k_hadamard=True)]},
+        {"group_size": -1},
+        {"source": tiny_source(seed=1)},
+    ],
+    ids=["recipe", "group size", "model"],
+)
+def test_another_study_shares_nothing(
+    source: MemorySource, tmp_path: Path, work: list[str], changes: dict[str, object]
+) -> None:
+    first = compare(study(source), tmp_path)
+    work.clear()
+    assert compare(study(source, **changes), tmp_path).rows != first.rows
+    assert "quantize" in work
+
+
+def test_another_text_needs_no_other_checkpoint(
+    source: MemorySource, tmp_path: Path, work: list[str]
+) -> None:
+    compare(study(source), tmp_path)
+    work.clear()
+    compare(study(source, text=TEXT.upper()), tmp_path)
+    assert work == ["measure_perplexity", "diff_models", "measure_perplexity"]
+
+
+def test_goes_on_where_it_was_stopped(
+    source: MemorySource, tmp_path: Path, work: list[str]
+) -> None:
+    expected = compare(study(source), tmp_path / "undisturbed")
+    stop = patch.object(module, "diff_models", side_effect=KeyboardInterrupt)
+    with stop, pytest.raises(KeyboardInterrupt):
+        compare(study(source), tmp_path / "stopped")
+    work.clear()
+    assert compare(study(source), tmp_path / "stopped") == expected
+    assert work == ["diff_models", "measure_perplexity"]
+
+
+def test_bad_studies_are_refused_before_any_work(
+    source: MemorySource, tmp_path: Path, work: list[str]
+) -> None:
+    with pytest.raises(RecipeError, match="group size 128 does not divide"):
+        compare(study(source, group_size=128), tmp_path)
+    with pytest.raises(TextError, match="less than one window"):
+        compare(study(source, text="short"), tmp_path)
+    assert work == [] and not list(tmp_path.iterdir())
+
+
+def rows() -> list[Row]:
+    common = {"group_size": 64, "kv_bits": 4, "activation_bits": 8, "bytes": 90_500_000}
+    common |= {"kl_divergence": 0.25, "top1_agreement": 0.75, "output_sqnr_db": (20.0, 15.0)}
+    values = [("rtn", 0, 33.0), ("qoq", 0, 27.0), ("qoq", 1, 28.0)]
+    return [Row(name, seed, perplexity=value, **common) for name, seed, value in values]  # type: ignore
+
+
+def test_table_and_files(tmp_path: Path) -> None:
+    comparison = Comparison(24552, 23.5, 270_000_000, rows())
+    lines = list(comparison_lines(comparison))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert cells[2:] == [
+        ["unquantized", "", "16", "16", "23.500", "", "270.0", "", ""],
+        ["qoq", "64", "8", "4", "27.500 (27.000 - 28.000)", "+4.000", "90.5", "0.2500", "75.00%"],
+        ["rtn", "64", "8", "4", "33.000", "+9.500", "90.5", "0.2500", "75.00%"],
+    ]
+    assert len({len(line) for line in lines if "|" in line}) == 1, "columns align"
+    write_comparison(comparison, tmp_path)
+    assert (tmp_path / "comparison.md").read_text().splitlines() == lines
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["perplexity"] for row in stored["rows"]] == [33.0, 27.0, 28.0]
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, text, output = save_tiny_model(tmp_path / "m"), tmp_path / "t", tmp_path / "out"
+    text.write_text(TEXT)
+    options = ["--text", text, "--seq-len", 100, "--group-size", 64, "--kv", "4,16", "-o", output]
+    command = ["evaluate", "compare", model, "--recipes", "rtn", *options]
+    with pytest.raises(SystemExit) as exit_:
+        main(list(map(str, command)))
+    assert not exit_.value.code
+    assert capsys.readouterr().out == (output / "comparison.md").read_text()
+    stored = json.loads((output / "comparison.json").read_text())
+    assert [row["kv_bits"] for row in stored["rows"]] == [4, 16]
+    for wrong, message in (
+        (["--kv", "4,x"], "--kv '4,x' is not"),
+        (["--recipes", "?"], "no recipe"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(list(map(str, [*command, *wrong])))
+        assert message in str(exit_.value.code)
