@@ -102,10 +102,12 @@ def _weight_suffixes(present: set[str], linear: str) -> tuple[str, ...]:
     return ("weight",)
 
 
-def read_weight(source: WeightSource, linear: str) -> Tensor | QuantizedWeight:
-    """The weight of one unfused linear, by its full name, as it is stored."""
+def read_weight(
+    source: WeightSource, linear: str, device: torch.device | str = "cpu"
+) -> Tensor | QuantizedWeight:
+    """The weight of one unfused linear, by its full name, as it is stored, on `device`."""
     suffixes = _weight_suffixes(source.names(), linear)
-    tensors = {suffix: source.tensor(f"{linear}.{suffix}") for suffix in suffixes}
+    tensors = {suffix: source.tensor(f"{linear}.{suffix}").to(device) for suffix in suffixes}
     ours = "qserve" in (source.quantization or {})
     try:
         return _weight_of(tensors, linear, ours)
@@ -186,7 +188,7 @@ class _Reader:
         return QuantizedLinear(prepare_weight(weight, self.device), bias, self.dtype)
 
     def _weight(self, linear: str) -> Tensor | QuantizedWeight:
-        weight = read_weight(self.source, linear)
+        weight = read_weight(self.source, linear, self.device)
         self._check(f"{linear}.weight", weight)
         if self.activations == "float" and not isinstance(weight, Tensor):
             return weight.dequantize()
@@ -208,7 +210,7 @@ class _Reader:
             raise ModelError(f"tensor {name} is {tensor.dtype}, not floating-point")
 
     def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device).to(self.dtype)
 
 
 def _concatenate(
