@@ -34,9 +34,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("quantized") / "model"
-    quantize(open_source(str(directory)), output, W4A8KV4, 64)
-    return output
+    output = tmp_path_factory.mktemp("quantized")
+    (output / "text").write_text("Some text to calibrate with, and not much of it. " * 20)
+    quantize(open_source(str(directory)), output / "model", W4A8KV4, 64, str(output / "text"))
+    return output / "model"
 
 
 def load(directory: Path, **settings: object) -> LoadedModel:

@@ -23,6 +23,7 @@ from qserve.testing.tiny import MemorySource, save_tiny_model, tiny_source
 
 TEXT = "The quick brown fox jumps over the lazy dog; äöü. " * 12
 SHORT = {"rounding": "nearest", "sequences": 4, "length": 64}
+DEFAULTS: dict[str, str] = {}
 NEAREST = Recipe("nearest", **SHORT)  # type: ignore[arg-type]
 ROTATED = Recipe("rotated", rotation="always", k_hadamard=True, **SHORT)  # type: ignore[arg-type]
 
@@ -32,8 +33,17 @@ def source() -> MemorySource:
     return tiny_source()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A short text: the tiny tokenizer takes seconds over the one that comes with Python."""
+    path = tmp_path_factory.mktemp("calibration") / "text"
+    path.write_text(TEXT)
+    with patch.dict(DEFAULTS, calibration=str(path)):
+        yield
+
+
 def study(source: MemorySource, /, **changes: object) -> Study:
-    basis = Study(source, [NEAREST], TEXT, window_length=100, group_size=64)
+    basis = Study(source, [NEAREST], TEXT, window_length=100, group_size=64, **DEFAULTS)  # type: ignore
     return replace(basis, **changes)  # type: ignore[arg-type]
 
 
@@ -170,8 +180,23 @@ def test_table_and_files(tmp_path: Path) -> None:
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model, text, output = save_tiny_model(tmp_path / "m"), tmp_path / "t", tmp_path / "out"
-    text.write_text(TEXT)
-    options = ["--text", text, "--seq-len", 100, "--group-size", 64, "--kv", "4,16", "-o", output]
+    text.write_text(TEXT * 30)
+    options = [
+        "--text",
+        text,
+        "--calibration",
+        text,
+        "--max-windows",
+        6,
+        "--seq-len",
+        100,
+        "--group-size",
+        64,
+        "--kv",
+        "4,16",
+        "-o",
+        output,
+    ]
     command = ["evaluate", "compare", model, "--recipes", "rtn", *options]
     with pytest.raises(SystemExit) as exit_:
         main(list(map(str, command)))

@@ -125,7 +125,8 @@ def test_every_recipe_is_compared_in_its_basis(
     source: MemorySource, recipe: str, tmp_path: Path
 ) -> None:
     short: Recipe = replace(find_recipe(recipe), sequences=4, length=64)
-    quantize(source, tmp_path / "model", short)
+    (tmp_path / "text").write_text("Some text to calibrate with, and not much of it. " * 20)
+    quantize(source, tmp_path / "model", short, calibration=str(tmp_path / "text"))
     result = diff(source, open_source(str(tmp_path / "model")))
     for layer in result.layers:
         for part, agreement in layer.weights.items():
