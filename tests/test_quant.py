@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from qserve.cli import main
 from qserve.formats.checkpoint import CheckpointWriter, QuantizationConfig
 from qserve.models import names
 from qserve.models.attention import DenseAttention
@@ -34,7 +35,7 @@ from qserve.quant.layer import LayerQuantizer, Streams
 from qserve.quant.linear import LinearQuantizer
 from qserve.quant.pipeline import quantize
 from qserve.quant.recipe import RECIPES, Recipe, RecipeError, find_recipe
-from qserve.testing.tiny import MemorySource, tiny_config, tiny_source
+from qserve.testing.tiny import MemorySource, save_tiny_model, tiny_config, tiny_source
 
 LENGTH = 16
 QUIET = Console(quiet=True)
@@ -109,6 +110,19 @@ def test_a_wide_linear_that_is_not_there_is_refused(tmp_path: Path) -> None:
     recipe = replace(RECIPES["rtn"], wide_linears=("mlp.down_proj", "mlp.dwn_proj"))
     with pytest.raises(RecipeError, match="named 'mlp\\.dwn_proj'"):
         _quantize(tiny_source(), tmp_path / "model", recipe)
+
+
+def test_wide_linears_of_the_command_line(tmp_path: Path) -> None:
+    model, output = save_tiny_model(tmp_path / "model"), tmp_path / "quantized"
+    command = ["quantize", str(model), "-o", str(output), "--recipe", "rtn", "--wide"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "mlp.down_proj", "--wide", "model.layers.0.self_attn.*"])
+    present = open_source(str(output)).names()
+    assert "model.layers.1.mlp.down_proj.dequant_scale" in present
+    assert "model.layers.0.self_attn.q_proj.dequant_scale" in present
+    assert "model.layers.1.self_attn.q_proj.qweight" in present
+    with pytest.raises(SystemExit, match="no linear of the model is named 'lm_head'"):
+        main([*command, "lm_head"])
 
 
 def _held_out_error(source: MemorySource, recipe: Recipe) -> float:

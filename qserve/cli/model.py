@@ -97,15 +97,22 @@ def quantize_model(
     recipe: str = DEFAULT_RECIPE,
     group_size: GroupSize = "auto",
     calibration: str | None = None,
+    wide_linears: tuple[str, ...] = (),
 ) -> None:
-    """Quantize on the GPU where there is one; shows progress on stderr."""
+    """Quantize on the GPU where there is one; shows progress on stderr.
+
+    wide_linears: patterns as in `Recipe`, besides the recipe's own.
+    """
     import torch
 
     from qserve.quant.pipeline import quantize
+    from qserve.quant.recipe import find_recipe
 
     _check_replaceable(directory, source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantize(source, directory, recipe, group_size, calibration, device=device, console=console)
+    chosen = find_recipe(recipe)
+    chosen = replace(chosen, wide_linears=(*chosen.wide_linears, *wide_linears))
+    quantize(source, directory, chosen, group_size, calibration, device=device, console=console)
 
 
 def _check_replaceable(directory: Path, source: WeightSource) -> None:
