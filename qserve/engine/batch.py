@@ -26,6 +26,8 @@ ON_DEVICE = -1
 
 _ALIGNMENT = 256
 
+Lengths = tuple[tuple[int, int], ...]
+
 
 class StepTensors(NamedTuple):
     """T tokens of one step, flattened over B chunks of sequences.
@@ -91,8 +93,8 @@ class StepShape:
             start += _aligned(size)
         return StepTensors(*tensors)
 
-    def paged(self, tensors: StepTensors) -> PagedBatch:
-        """A fresh batch, of which ops have worked nothing out yet."""
+    def paged(self, tensors: StepTensors, lengths: Lengths | None) -> PagedBatch:
+        """A fresh batch, of which ops have worked nothing out yet; `lengths` as in `PagedBatch`."""
         return PagedBatch(
             positions=tensors.positions,
             slots=tensors.slots,
@@ -101,6 +103,7 @@ class StepShape:
             page_table=tensors.page_table,
             max_query_len=self.max_query_len,
             max_context_len=self.max_context_len,
+            lengths=lengths,
         )
 
     @cached_property

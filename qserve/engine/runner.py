@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qserve.engine.batch import LatestTokens, StepShape, stage
+from qserve.engine.batch import LatestTokens, Lengths, StepShape, stage
 from qserve.engine.device import StepLimits, Work
 from qserve.engine.graphs import DecodeGraphs
 from qserve.engine.kv_cache import CacheShape, allocate_pools
@@ -92,8 +92,9 @@ class ModelRunner:
     def _run_eagerly(self, plan: StepPlan) -> StepOutput:
         shape = StepShape.of(plan)
         buffer = self._stage(plan, shape).to(self.device, non_blocking=True)
+        lengths = tuple((chunk.length, chunk.end) for chunk in plan.chunks)
         with self._threads.for_tokens(shape.tokens):
-            hidden = self._forward(shape, buffer)
+            hidden = self._forward(shape, buffer, lengths)
         rows = shape.views(buffer).sample_rows
         logits = self._decoder.logits(hidden[rows], self._logits)
         return StepOutput(logits, hidden)
@@ -102,12 +103,12 @@ class ModelRunner:
         """A step in which every row is sampled."""
         self._decoder.logits(self._forward(shape, buffer), self._logits)
 
-    def _forward(self, shape: StepShape, buffer: Tensor) -> Tensor:
+    def _forward(self, shape: StepShape, buffer: Tensor, lengths: Lengths | None = None) -> Tensor:
         """Hidden states [T, H]."""
         tensors = shape.views(buffer)
         attend = PagedAttention(
             self._decoder.config,
-            shape.paged(tensors),
+            shape.paged(tensors, lengths),
             self._pools,
             self._rope_table,
             self._cache.kv_format,
