@@ -12,7 +12,7 @@ from qserve.benchmark.workloads import FAMILIES, activation, cuda_copies, random
 from qserve.formats.activation import QuantizedActivation
 from qserve.kernels import quantized_linear, rms_norm_quantize, silu_mul_quantize
 from qserve.kernels.gemm_cuda import CudaWeight
-from qserve.kernels.gemm_variants import Tail
+from qserve.kernels.gemm_norm_cuda import linear_rms_norm_quantize
 from qserve.testing.launches import without_overlap
 from qserve.testing.timing import Call, Timing, time_interleaved
 
@@ -25,7 +25,7 @@ GROUP_SIZE = 128
 @dataclass(frozen=True)
 class TailRow:
     """Microseconds of a linear and the producer after it: in one launch, in two, and in two of which
-    each waits for the end of the one before. `one` is None where the tile takes no tail."""
+    each waits for the end of the one before. `one` is None where there is no such kernel."""
 
     linear: str
     tokens: int
@@ -57,14 +57,8 @@ def _time(linear: str, x: QuantizedActivation, weights: list[CudaWeight]) -> Tai
     residual = torch.randn(tokens, rows, dtype=DTYPE, device="cuda")
 
     def one(weight: CudaWeight) -> None:
-        columns = rows if with_norm else rows // 2
-        out = QuantizedActivation.empty(tokens, columns, x.codes.device)
-        fields: tuple[object, ...] = (out.codes, out.scale, out.row_sum)
-        tail = Tail("silu_mul_quantize", columns)
-        if with_norm:
-            tail = Tail("rms_norm_quantize", columns)
-            fields = (residual, gain, torch.empty_like(residual), EPS, *fields)
-        weight.apply_tile(x, None, DTYPE, weight.tile_for(tokens), tail, fields)
+        tile = weight.tile_for(tokens)
+        linear_rms_norm_quantize(x, weight, None, DTYPE, gain, EPS, residual, tile)
 
     def two(weight: CudaWeight) -> None:
         product = quantized_linear(x, weight, None, DTYPE)
@@ -81,7 +75,7 @@ def _time(linear: str, x: QuantizedActivation, weights: list[CudaWeight]) -> Tai
         return [partial(call, weight) for weight in weights]
 
     peers = {"two": calls(two), "two_waiting": calls(two_waiting)}
-    if weights[0].tile_for(tokens).kind == "small":
+    if with_norm and weights[0].tile_for(tokens).kind == "small":
         peers["one"] = calls(one)
     times = time_interleaved(peers)
     return TailRow(linear, tokens, times.get("one"), times["two"], times["two_waiting"])

@@ -12,7 +12,7 @@ import torch
 
 from qserve.formats.kv import KVFormat
 from qserve.kernels.decode_cuda import DecodeShape, combine_kernel, decode_kernel, plan_kernel
-from qserve.kernels.gemm_variants import Policy, Tail, gemm_kernel
+from qserve.kernels.gemm_variants import Norm, Policy, gemm_kernel
 from qserve.kernels.jit import Build, Kernel, KernelError, build_all
 from qserve.kernels.kv_append_cuda import AppendShape, append_kernel
 from qserve.kernels.prefill_cuda import gather_kernel
@@ -80,12 +80,11 @@ def gemm_variants(arch: str) -> list[Kernel]:
     return [gemm_kernel(tile, policy, bfloat16) for tile, policy, bfloat16 in choices]
 
 
-def tail_variants(arch: str) -> list[Kernel]:
-    """The GEMMs for few tokens with the producer after them."""
-    tails = (Tail("rms_norm_quantize", 4096), Tail("silu_mul_quantize", 14336))
+def norm_variants(arch: str) -> list[Kernel]:
+    """The GEMMs for few tokens that go on with a norm."""
     tiles = [tile for tile in tiles_for(arch) if tile.kind == "small"]
-    choices = itertools.product(tiles, (Policy(), Policy(group_size=128)), tails)
-    return [gemm_kernel(tile, policy, True, tail) for tile, policy, tail in choices]
+    choices = itertools.product(tiles, POLICIES[:3], (576, 4096))
+    return [gemm_kernel(tile, policy, True, Norm(n, False)) for tile, policy, n in choices]
 
 
 def producer_variants() -> list[Kernel]:
@@ -114,7 +113,7 @@ def all_variants(arch: str) -> list[Kernel]:
     """Every kernel variant of an architecture."""
     return [
         *gemm_variants(arch),
-        *tail_variants(arch),
+        *norm_variants(arch),
         *producer_variants(),
         *attention_variants(arch),
         round_columns_kernel(),

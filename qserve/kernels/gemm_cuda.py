@@ -7,7 +7,7 @@ mma.sync kernel. All read the same packed weights and give the same bits as the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from qserve.formats import layout
 from qserve.formats.activation import QuantizedActivation
 from qserve.formats.weight import QuantizedWeight, W4Weight
-from qserve.kernels.gemm_variants import BLOCK, SLAB_ROWS, Policy, Tail, gemm_kernel
+from qserve.kernels.gemm_variants import BLOCK, SLAB_ROWS, Norm, Policy, gemm_kernel
 from qserve.kernels.jit import device_arch
 from qserve.kernels.op import OpError
 from qserve.kernels.tensor_map import tensor_map
@@ -33,7 +33,7 @@ class CudaWeight:
 
     packed: uint8, blocks of 128 x 128 (see csrc/weight.cuh). scale: float32 [N padded].
     zero: float32 [N padded] of per-channel 4-bit weights, else None. counters: int32 [2], zeros
-    between launches, where the blocks of a launch with a tail meet.
+    between launches, where the blocks of a launch with a norm meet.
     """
 
     packed: Tensor
@@ -43,6 +43,7 @@ class CudaWeight:
     shape: tuple[int, int]
     device: Device
     counters: Tensor
+    _tiles: dict[int, Tile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def prepare(cls, weight: QuantizedWeight, device: torch.device) -> CudaWeight:
@@ -79,7 +80,11 @@ class CudaWeight:
 
     def tile_for(self, tokens: int) -> Tile:
         """The tile that `apply` takes for so many tokens."""
-        return choose(Problem(max(tokens, 1), *self.shape, self.policy.name), self.device)
+        tile = self._tiles.get(tokens)
+        if tile is None:
+            problem = Problem(max(tokens, 1), *self.shape, self.policy.name)
+            self._tiles[tokens] = tile = choose(problem, self.device)
+        return tile
 
     def apply_tile(
         self,
@@ -87,10 +92,10 @@ class CudaWeight:
         bias: Tensor | None,
         out_dtype: torch.dtype,
         tile: Tile,
-        tail: Tail | None = None,
-        tail_arguments: tuple[object, ...] = (),
+        norm: Norm | None = None,
+        norm_fields: tuple[object, ...] = (),
     ) -> Tensor:
-        """`apply` with a given tile, and perhaps a tail with the fields of its struct."""
+        """`apply` with a given tile; norm_fields: `Norm` and `Quantized` of csrc/rows.cuh."""
         if out_dtype not in (torch.float16, torch.bfloat16):
             raise OpError(f"quantized_linear: on a GPU out_dtype is 16 bits wide, not {out_dtype}")
         if bias is not None and bias.dtype != out_dtype:
@@ -98,11 +103,11 @@ class CudaWeight:
         self._require_at_hand(codes=x.codes, scale=x.scale, row_sum=x.row_sum, bias=bias)
         out = torch.empty(x.codes.shape[0], self.shape[0], dtype=out_dtype, device=x.codes.device)
         if len(out):
-            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, tail)
+            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, norm)
             launch = _LAUNCHES[tile.kind](tile, self, x.codes, out)
             arguments = (*launch.before, *self._operands(x, bias), *launch.after)
-            if tail is not None:
-                arguments += (*tail_arguments, self.counters, self._waiters(len(out), launch.grid))
+            if norm is not None:
+                arguments += (*norm_fields, self.counters, self._waiters(len(out), launch.grid))
             kernel(out.device, launch.grid, arguments)
         return out
 

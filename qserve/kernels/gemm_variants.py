@@ -62,31 +62,26 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Tail:
-    """A producer that the last blocks of a "small" kernel carry out on its output (csrc/tail.cuh).
+class Norm:
+    """RMSNorm and quantization of the outputs, by a "small" kernel's last blocks (csrc/tail.cuh).
 
-    op: "rms_norm_quantize" | "silu_mul_quantize". columns: of the producer's rows. float_weight: as
-    of `producer_kernel`.
+    float_weight: as of `producer_kernel`.
     """
 
-    op: str
     columns: int
-    float_weight: bool = False
+    float_weight: bool
 
-    @property
-    def threads(self) -> int:
-        """That hold a row, at most as many as store the smallest tile."""
-        return min(row_threads(self.columns), 256)
-
-    @property
-    def parameters(self) -> str:
-        """`Tail` and `Meeting` of csrc/tail.cuh."""
-        return ("(3Pf3P)" if self.is_norm else "(3P)") + "(Pi)"
-
-    @property
-    def is_norm(self) -> bool:
-        """Whether it is RMSNorm, else SiLU * mul."""
-        return self.op == "rms_norm_quantize"
+    def added_to(self, kernel: Kernel) -> Kernel:
+        """The variant that goes on with this."""
+        rows = {"COLUMNS": self.columns, "THREADS": row_threads(self.columns)}
+        return replace(
+            kernel,
+            source=kernel.source.replace("_sm90", "_norm_sm90"),
+            entry=f"{kernel.entry}_norm",
+            parameters=kernel.parameters + "(3Pf)(3P)(Pi)",
+            generated=kernel.generated + norm_weight_source(self.float_weight),
+            constants={**kernel.constants, **rows},
+        )
 
 
 @dataclass(frozen=True)
@@ -105,15 +100,14 @@ class _Design:
 
 
 @cache
-def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool, tail: Tail | None = None) -> Kernel:
-    """The variant for a tile, a weight format and an output type; with a tail, if "small"."""
+def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool, norm: Norm | None = None) -> Kernel:
+    """The variant for a tile, a weight format and an output type; with a norm, if "small"."""
     design = _DESIGNS[tile.kind](tile, policy)
     offset = _weight_offset(design, policy)
     on_hopper = tile.kind != "portable"
-    entry = f"w4a8_gemm_{tile.kind}{'_tail' if tail else ''}"
     kernel = Kernel(
-        f"{entry}{'_sm90' if on_hopper else ''}.cu",
-        entry,
+        f"w4a8_gemm_{tile.kind}{'_sm90' if on_hopper else ''}.cu",
+        f"w4a8_gemm_{tile.kind}",
         parameters=design.parameters,
         threads=design.threads,
         shared_bytes=design.shared_bytes,
@@ -134,19 +128,10 @@ def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool, tail: Tail | None = 
             "WEIGHT_OFFSET": offset,
             "FRACTIONAL_ZEROS": policy.fractional_zeros,
             "BFLOAT16": bfloat16,
+            "ARRIVING_LANES": 1,
         },
     )
-    return kernel if tail is None else _with_tail(kernel, tail)
-
-
-def _with_tail(kernel: Kernel, tail: Tail) -> Kernel:
-    rows = {"COLUMNS": tail.columns, "THREADS": tail.threads, "TAIL_IS_NORM": tail.is_norm}
-    return replace(
-        kernel,
-        parameters=kernel.parameters + tail.parameters,
-        generated=kernel.generated + norm_weight_source(tail.float_weight),
-        constants={**kernel.constants, **rows},
-    )
+    return kernel if norm is None else norm.added_to(kernel)
 
 
 def _weight_offset(design: _Design, policy: Policy) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qserve.models.config import ModelConfig
-from qserve.models.layers import Attend, Head, Linear, RMSNorm
+from qserve.models.layers import Addend, Attend, Head, Linear, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class DecoderLayer:
     down: Linear
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, attend: Attend, layer_index: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Addend, residual: Tensor | None, attend: Attend, layer_index: int
+    ) -> tuple[Addend, Tensor]:
         """x, residual [T, H] -> (what the MLP adds, the residual stream before it), [T, H] both.
 
         The sum is left to the next norm, which fuses it; `residual` is None at the first layer.
@@ -86,7 +86,8 @@ class Decoder:
 
     def forward(self, token_ids: Tensor, attend: Attend) -> Tensor:
         """Token ids [T] -> hidden states [T, H] after the final norm."""
-        x, residual = self.embedding[token_ids], None
+        x: Addend = self.embedding[token_ids]
+        residual = None
         for layer_index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, attend, layer_index)
         hidden, _ = self.norm(x, residual)

@@ -22,10 +22,29 @@ from qserve.kernels.fused import (
     silu_mul_quantize,
 )
 from qserve.kernels.gemm import PreparedWeight, quantized_linear
+from qserve.kernels.gemm_norm import linear_rms_norm_quantize
 
 _ROW_BLOCK = 16
 _FEWER_ROWS = (16, 64, 128, 192)
 _MOST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Product:
+    """x @ weight.T + bias of a quantized linear, not computed yet: a norm may go with it."""
+
+    x: QuantizedActivation
+    weight: PreparedWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """[M, N] in `dtype`."""
+        return quantized_linear(self.x, self.weight, self.bias, self.dtype)
+
+
+Addend = Tensor | Product
+"""What a layer's half adds to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +54,22 @@ class RMSNorm:
     weight: Tensor
     eps: float
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Addend, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual), [M, H] both."""
+        x = x.tensor() if isinstance(x, Product) else x
         return rms_norm(x, self.weight, self.eps, residual)
 
     def quantized(
-        self, x: Tensor, residual: Tensor | None = None
+        self, x: Addend, residual: Tensor | None = None
     ) -> tuple[QuantizedActivation, Tensor]:
         """As a call, the norm quantized per token."""
-        return rms_norm_quantize(x, self.weight, self.eps, residual)
+        if not isinstance(x, Product):
+            return rms_norm_quantize(x, self.weight, self.eps, residual)
+        if residual is None:
+            return rms_norm_quantize(x.tensor(), self.weight, self.eps)
+        return linear_rms_norm_quantize(
+            x.x, x.weight, x.bias, x.dtype, self.weight, self.eps, residual
+        )
 
 
 class Attend(Protocol):
@@ -63,14 +89,14 @@ class Linear(Protocol):
         """The input is x [M, K]."""
 
     def after_norm(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None
+        self, norm: RMSNorm, x: Addend, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The input is the norm of x + residual, which is returned beside y."""
 
-    def after_attention(self, attend: Attend, layer_index: int, qkv: Tensor) -> Tensor:
+    def after_attention(self, attend: Attend, layer_index: int, qkv: Tensor) -> Addend:
         """The input is the layer's attention output, [M, K]."""
 
-    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
+    def after_silu_mul(self, gate_up: Tensor) -> Addend:
         """The input is silu(gate) * up of gate_up [M, 2K]."""
 
 
@@ -85,7 +111,7 @@ class FloatLinear:
         return float_linear(x, self.weight, self.bias)
 
     def after_norm(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None
+        self, norm: RMSNorm, x: Addend, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         normed, residual = norm(x, residual)
         return self(normed), residual
@@ -145,22 +171,22 @@ class QuantizedLinear:
     dtype: torch.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(quantize_per_token(x))
+        return self._product(quantize_per_token(x)).tensor()
 
     def after_norm(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None
+        self, norm: RMSNorm, x: Addend, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         normed, residual = norm.quantized(x, residual)
-        return self._multiply(normed), residual
+        return self._product(normed).tensor(), residual
 
-    def after_attention(self, attend: Attend, layer_index: int, qkv: Tensor) -> Tensor:
-        return self._multiply(attend.quantized(layer_index, qkv))
+    def after_attention(self, attend: Attend, layer_index: int, qkv: Tensor) -> Product:
+        return self._product(attend.quantized(layer_index, qkv))
 
-    def after_silu_mul(self, gate_up: Tensor) -> Tensor:
-        return self._multiply(silu_mul_quantize(gate_up))
+    def after_silu_mul(self, gate_up: Tensor) -> Product:
+        return self._product(silu_mul_quantize(gate_up))
 
-    def _multiply(self, x: QuantizedActivation) -> Tensor:
-        return quantized_linear(x, self.weight, self.bias, self.dtype)
+    def _product(self, x: QuantizedActivation) -> Product:
+        return Product(x, self.weight, self.bias, self.dtype)
 
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -19,19 +19,20 @@ def count_launches() -> Iterator[list[Kernel]]:
         launched.append(kernel)
         return kernel
 
-    with _launching(count):
+    with launching(count):
         yield launched
 
 
 @contextmanager
 def without_overlap() -> Iterator[None]:
     """Kernels launched inside the block begin only once their predecessors have ended."""
-    with _launching(_serial):
+    with launching(_serial):
         yield
 
 
 @contextmanager
-def _launching(instead: Callable[[Kernel], Kernel]) -> Iterator[None]:
+def launching(instead: Callable[[Kernel], Kernel]) -> Iterator[None]:
+    """Launches inside the block are of the kernel that `instead` gives for the one meant."""
     launch = Kernel.__call__
     Kernel.__call__ = lambda self, *call: launch(instead(self), *call)  # type: ignore[method-assign]
     try:

@@ -26,8 +26,9 @@ def time_interleaved(peers: Mapping[Name, Sequence[Call]], rounds: int = 7) -> d
     """Time each peer's calls as one CUDA graph; rounds alternate between the peers.
 
     The calls of a peer should differ in their weights, together larger than the L2 cache, so that
-    every call finds its weights cold, as in a model. Every other round runs backwards, and the GPU
-    rests twice as long as it has worked, so that no peer pays for another's heat.
+    every call finds its weights cold, as in a model. A replay is timed behind another one, every
+    other round runs backwards, and the GPU rests twice as long as it has worked, so that no peer pays
+    for another's heat.
     """
     graphs = {name: _capture(calls) for name, calls in peers.items()}
     times: dict[Name, list[float]] = {name: [] for name in peers}
@@ -59,6 +60,7 @@ def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    graph.replay()
     start.record()
     graph.replay()
     end.record()

@@ -1,5 +1,6 @@
-// What follows a GEMM and needs whole rows of its output, in the same launch: the blocks that finish
-// their tiles last wait for each other, then share out the rows.
+// What follows a GEMM and needs whole rows of its output, in the same launch: residual add, RMSNorm
+// and quantization. The blocks that finish their tiles last wait for each other, then share out the
+// rows.
 //
 // All other blocks end at once. Fewer blocks wait than the GPU has multiprocessors, so those they
 // wait for always find a place to run, whatever else is running.
@@ -12,7 +13,15 @@ static_assert(THREADS <= FINISHING_THREADS, "a row takes more threads than a blo
 struct Meeting {
   uint32* counters;
   int waiters;
+
+  __device__ __forceinline__ int blocks() const { return gridDim.x * gridDim.y; }
 };
+
+DEVICE uint32 count(uint32* counter) {
+  uint32 before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 DEVICE uint32 load_acquire(const uint32* address) {
   uint32 value;
@@ -24,71 +33,40 @@ DEVICE uint32 load_acquire(const uint32* address) {
 DEVICE int take_place(const Meeting& meeting) {
   __shared__ int place;
   named_barrier(1, FINISHING_THREADS);
-  if (threadIdx.x == 0) {
-    const int blocks = gridDim.x * gridDim.y;
-    __threadfence();
-    place = static_cast<int>(atomicAdd(meeting.counters, 1)) - (blocks - meeting.waiters);
-  }
+  if (threadIdx.x == 0)
+    place = static_cast<int>(count(meeting.counters)) - (meeting.blocks() - meeting.waiters);
   named_barrier(1, FINISHING_THREADS);
   return place;
 }
 
-DEVICE void wait_for_all(const Meeting& meeting) {
+// Whoever comes last knows that all have come.
+DEVICE void wait_for_all(const Meeting& meeting, int place) {
+  if (place == meeting.waiters - 1) return;
   if (threadIdx.x == 0)
-    while (load_acquire(meeting.counters) < gridDim.x * gridDim.y) {
+    while (load_acquire(meeting.counters) < meeting.blocks()) {
     }
   named_barrier(0, THREADS);
 }
 
 // The last to leave makes ready for the next launch.
 DEVICE void leave(const Meeting& meeting) {
-  if (threadIdx.x != 0) return;
-  if (atomicAdd(meeting.counters + 1, 1) + 1 == meeting.waiters)
+  if (threadIdx.x == 0 && count(meeting.counters + 1) + 1 == meeting.waiters)
     meeting.counters[0] = 0, meeting.counters[1] = 0;
 }
 
-struct NormTail {
-  Norm norm;
-  Quantized out;
-};
-
-struct SiluTail {
-  Quantized out;
-};
-
-DEVICE void finish_rows(const NormTail& tail, const uint16* x, int row, int step, int rows,
-                        const Meeting& meeting) {
-  NormRow norm(tail.norm);
-  norm.fetch(row);
-  wait_for_all(meeting);
-  for (; row < rows; row += step) {
-    Values values;
-    norm.normalize(values, x, row);
-    quantize_row(values, tail.out, row);
-    if (row + step < rows) norm.fetch(row + step);
-  }
-}
-
-DEVICE void finish_rows(const SiluTail& tail, const uint16* gate_up, int row, int step, int rows,
-                        const Meeting& meeting) {
-  wait_for_all(meeting);
-  for (; row < rows; row += step) {
-    Values values;
-    silu_mul_row(values, gate_up + static_cast<int64>(row) * 2 * COLUMNS);
-    quantize_row(values, tail.out, row);
-  }
-}
-
-template <bool NORM>
-struct TailOf { using Type = SiluTail; };
-template <>
-struct TailOf<true> { using Type = NormTail; };
-using Tail = TailOf<TAIL_IS_NORM>::Type;
-
 // Called by the threads that have stored the tile; there are at least as many rows as waiters.
-DEVICE void run_tail(const Tail& tail, const uint16* output, int rows, const Meeting& meeting) {
+DEVICE void finish_rows(const Norm& norm, const Quantized& out, const uint16* x, int rows,
+                        const Meeting& meeting) {
   const int place = take_place(meeting);
   if (place < 0 || threadIdx.x >= THREADS) return;
-  finish_rows(tail, output, place, meeting.waiters, rows, meeting);
+  NormRow norm_row(norm);
+  norm_row.fetch(place);
+  wait_for_all(meeting, place);
+  for (int row = place; row < rows; row += meeting.waiters) {
+    if (row != place) norm_row.fetch(row);
+    Values values;
+    norm_row.normalize(values, x, row);
+    quantize_row(values, out, row);
+  }
   leave(meeting);
 }

@@ -133,8 +133,12 @@ DEVICE void stream_tokens(const TensorMap* map, const Shared& shared, TileQueue 
 DEVICE void release(const Barriers& barriers, int stage) {
   const int lane = threadIdx.x % 32;
   __syncwarp();  // few lanes arrive for all, once all have read
-  if (CLUSTER == 1 && lane == 0) mbarrier_arrive(barriers.empty(stage));
-  if (CLUSTER > 1 && lane < CLUSTER) mbarrier_arrive_peer(barriers.empty(stage), lane);
+  if (CLUSTER == 1 && lane < ARRIVING_LANES) mbarrier_arrive(barriers.empty(stage));
+  if (CLUSTER > 1)
+#pragma unroll
+    for (int i = 0; i < CLUSTER * ARRIVING_LANES; i += 32)
+      if (lane + i < CLUSTER * ARRIVING_LANES)
+        mbarrier_arrive_peer(barriers.empty(stage), (lane + i) / ARRIVING_LANES);
 }
 
 // One tile's sums. A group of multiplies stays in flight while the next is dequantized; the two
@@ -314,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int warp = warp_index(), lane = threadIdx.x % 32;
 
   launch_dependents();
-  if (threadIdx.x == 0) shared.barriers.init(CONSUMER_WARPS * CLUSTER);
+  if (threadIdx.x == 0) shared.barriers.init(CONSUMER_WARPS * CLUSTER * ARRIVING_LANES);
   if (CLUSTER > 1) cluster_sync(); else __syncthreads();
 
   if (warp < CONSUMER_WARPS) {

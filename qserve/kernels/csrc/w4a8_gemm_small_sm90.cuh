@@ -78,7 +78,7 @@ DEVICE void accumulate(int (&accumulator)[1][TOKENS / 2], const Shared& shared, 
   };
   auto release = [&] {
     __syncwarp();  // one lane arrives for all, once all have read
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.barriers.empty(read_stage));
+    if (threadIdx.x % 32 < ARRIVING_LANES) mbarrier_arrive(shared.barriers.empty(read_stage));
   };
   auto step = [&](uint32(&operand)[1][16]) {
     dequantize(packed, operand[0]);
@@ -106,6 +106,7 @@ DEVICE void accumulate(int (&accumulator)[1][TOKENS / 2], const Shared& shared, 
   wgmma_wait<0>();
 }
 
+// All of the kernel but its end: `await_peers`.
 DEVICE void multiply_tile(const TensorMap* token_map, const Operands& operands, uint16* output) {
   extern __shared__ uint8 dynamic[];
   const Shared shared(round_up(shared_address(dynamic), 1024));
@@ -116,7 +117,7 @@ DEVICE void multiply_tile(const TensorMap* token_map, const Operands& operands, 
   const Range blocks = {cut, operands.k_blocks * (rank + 1) / CLUSTER - cut};
 
   launch_dependents();
-  if (threadIdx.x == CONSUMER_THREADS) shared.barriers.init(4 * SLABS);
+  if (threadIdx.x == CONSUMER_THREADS) shared.barriers.init(4 * SLABS * ARRIVING_LANES);
   __syncthreads();
 
   Finish finish{first_token, first_row, rank * SHARE_TOKENS};
@@ -139,6 +140,13 @@ DEVICE void multiply_tile(const TensorMap* token_map, const Operands& operands, 
   }
   if (CLUSTER > 1) cluster_sync();
   if (warp < CONSUMER_WARPS) finish.store(operands, shared.tokens, output);
-  // No block ends while another still reads its sums.
-  if (CLUSTER > 1) cluster_sync();
+  if (CLUSTER > 1) cluster_arrive();
+}
+
+// No block ends while another still reads its sums.
+DEVICE void await_peers() {
+  if (CLUSTER > 1) {
+    __syncwarp();
+    cluster_wait();
+  }
 }
