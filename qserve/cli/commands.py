@@ -103,6 +103,19 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.")] = SERVER.port,
     precision: Precision = None,
     kv: KVBits = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and output; default: as the model.")
+    ] = None,
+    max_num_sequences: Annotated[
+        int | None, typer.Option(help="Sequences that decode together; default: by the device.")
+    ] = None,
+    max_batched_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a step: fewer for latency, more for throughput (default)."),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of the memory beside the weights to use.")
+    ] = EngineConfig.gpu_memory_utilization,
     max_requests: Annotated[
         int, typer.Option(help="Sequences held at a time; more are refused with 429.")
     ] = SERVER.max_requests,
@@ -154,10 +167,16 @@ def serve(
         tool_parser=tool_parser,
         log_requests=log_requests,
     )
+    settings = EngineConfig(
+        max_num_sequences=max_num_sequences,
+        max_batched_tokens=max_batched_tokens,
+        max_model_len=max_model_len,
+        kv_bits=bits_of(kv),
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     check_tls(config)
     tracer = tracer_from_environment()
     with bound_socket(config) as listener:
-        settings = EngineConfig(kv_bits=bits_of(kv))
         engine, tokenizer = open_engine(model, precision, settings, replicas, config.max_requests)
         run_server(engine, tokenizer, display_name(model), listener, config, tracer)
 
