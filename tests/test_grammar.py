@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qserve.config import EngineConfig
+from qserve.engine.device import DevicePolicy
 from qserve.engine.engine import Engine
 from qserve.engine.grammar import MAX_GRAMMAR_LENGTH, GrammarCompiler
 from qserve.engine.llm import Completion, Generation
+from qserve.engine.loading import load_model
 from qserve.engine.request import FinishReason, Grammar, GrammarKind, RequestError, SamplingParams
 from qserve.testing.tiny import tiny_source, tiny_tokenizer
 
@@ -83,7 +85,10 @@ def test_json_fulfils_its_schema(engine: Engine, temperature: float) -> None:
 
 @pytest.mark.parametrize(
     "grammar",
-    [regex(r"[a-f]{3,5}-[0-9]{2}"), lark('start: "ab" /[c-f]{1,3}/ "-" NUMBER\nNUMBER: /[0-9]{2}/')],
+    [
+        regex(r"[a-f]{3,5}-[0-9]{2}"),
+        lark('start: "ab" /[c-f]{1,3}/ "-" NUMBER\nNUMBER: /[0-9]{2}/'),
+    ],
 )
 def test_text_matches(engine: Engine, grammar: Grammar) -> None:
     texts = [completion.text for completion in guided(engine, grammar, n=8, temperature=2)]
@@ -127,6 +132,14 @@ def company() -> dict[str, SamplingParams]:
         "regex": SamplingParams(**options, grammar=regex("(ab|c){1,30}")),
         "other": SamplingParams(**options, grammar=regex("[0-9]+"), temperature=0),
     }
+
+
+def test_nothing_changes_where_steps_overlap(engine: Engine) -> None:
+    """The guided do not run ahead; the others do, and finish first."""
+    loaded = load_model(tiny_source(), EngineConfig())
+    ahead = Engine(loaded.decoder, loaded.tokenizer, EngineConfig(), policy=DevicePolicy(1, 8, 64))
+    assert generate(ahead, company()) == generate(engine, company())
+    ahead.check_integrity()
 
 
 def test_preemption_does_not_lose_the_place(engine: Engine) -> None:

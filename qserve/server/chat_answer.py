@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -60,7 +60,7 @@ class ChatAnswer(Answer):
             delta=Delta(
                 role="assistant" if is_first else None,
                 content=span.text if span.text or not span.calls else None,
-                tool_calls=[_delta(call) for call in span.calls] or None,
+                tool_calls=[_delta(call) for call in _joined(span.calls)] or None,
             ),
             logprobs=self._logprobs(span),
             finish_reason=span.finish_reason,
@@ -115,6 +115,17 @@ def _read(reader: ToolCallReader, span: Span) -> Span:
     )
 
 
+def _joined(parts: Iterable[CallPart]) -> Iterator[CallPart]:
+    """One part for each call, from its stretches; clients expect no more of them in an event."""
+    for _, of_one_call in groupby(parts, key=lambda part: part.index):
+        first, *more = of_one_call
+        yield replace(
+            first,
+            arguments=first.arguments + "".join(part.arguments for part in more),
+            written=first.written + "".join(part.written for part in more),
+        )
+
+
 def _delta(part: CallPart) -> ToolCallDelta:
     return ToolCallDelta(
         index=part.index,
@@ -127,14 +138,12 @@ def _delta(part: CallPart) -> ToolCallDelta:
 def _message(span: Span) -> AssistantMessage:
     """The whole of a choice; calls whose arguments are no JSON go back to its text."""
     text, calls = span.text, []
-    for _, group in groupby(span.calls, key=lambda part: part.index):
-        parts = list(group)
-        arguments = "".join(part.arguments for part in parts)
-        if _is_json(arguments):
-            function = FunctionCallAnswer(name=parts[0].name, arguments=arguments)
-            calls.append(ToolCallAnswer(id=parts[0].id or "", function=function))
+    for call in _joined(span.calls):
+        if _is_json(call.arguments):
+            function = FunctionCallAnswer(name=call.name, arguments=call.arguments)
+            calls.append(ToolCallAnswer(id=call.id or "", function=function))
         else:
-            text += "".join(part.written for part in parts)
+            text += call.written
     return AssistantMessage(content=text if text or not calls else None, tool_calls=calls or None)
 
 
