@@ -71,7 +71,7 @@ class _DitheredSource(GGUFSource):
             return values
         if tensor.tensor_type not in _STEP_FIRST:
             raise ModelError(f"{stored}: the step of {tensor.tensor_type.name} is not known here")
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {stored}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(stored.encode(), self._seed))
         noise = torch.rand(values.shape, generator=generator) - 0.5
         return values + noise * _steps(tensor).reshape(values.shape)
 
