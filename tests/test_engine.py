@@ -332,6 +332,15 @@ def test_the_largest_steps_are_tried_before_the_cache_is_sized() -> None:
     assert shapes == [1, 2, 4, 8, 16, 20, 16, 32, 64, 128, 187, 20]
 
 
+def test_weights_that_do_not_fit_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> Decoder:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qserve.engine.loading.load_decoder", fail)
+    with pytest.raises(ConfigError, match="weights do not fit cpu"):
+        Engine.from_source(tiny_source(tiny_config()), EngineConfig())
+
+
 def test_a_step_that_does_not_fit_is_one_error_at_the_start() -> None:
     def peak_bytes(step: Callable[[], None]) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qserve.config import ConfigError, EngineConfig
+from qserve.engine.kv_cache import free_bytes
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.models.decoder import Decoder
 from qserve.models.loader import Activations, load_decoder
@@ -35,7 +36,13 @@ def load_model(source: WeightSource, config: EngineConfig) -> LoadedModel:
     dtype = resolve_dtype(config.dtype, source.config.dtype, device)
     quantization = quantization_of(source, config)
     activations: Activations = "int8" if quantization.activation_bits == 8 else "float"
-    decoder = load_decoder(source, dtype, device, activations)
+    try:
+        decoder = load_decoder(source, dtype, device, activations)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the model's weights do not fit {device}: of its memory, "
+            f"{free_bytes(device) >> 20} MiB are left after a part of them"
+        ) from error
     return LoadedModel(decoder, source.tokenizer(), quantization)
 
 
