@@ -63,3 +63,5 @@ def test_image_runs_a_command_that_exists_from_files_that_exist() -> None:
     assert {part for part in entry if part.startswith("--")} <= options_of_serve()
     copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
     assert copied and all((ROOT / name).exists() for name in copied)
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == {Path(n).name for n in copied}

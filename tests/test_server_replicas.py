@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from server_helpers import metric, refusal, wait_until
 
 from qserve.engine.llm import LLM
 from qserve.engine.request import SamplingParams
+from qserve.testing.http import serve_in_process
 from qserve.testing.tiny import save_tiny_model, tiny_config
 
 pytest.importorskip("ray.serve")
@@ -33,7 +33,7 @@ LOST = "the replica that served the request has ended"
 class Replicated:
     """A server with two replicas: its process, a client, and the same model in this process."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[str]
     http: httpx.Client
     offline: LLM
 
@@ -54,29 +54,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicated]:
     directory = save_tiny_model(
         tmp_path_factory.mktemp("model"), tiny_config(max_position_embeddings=4096)
     )
-    command = [sys.executable, "-m", "qserve", "serve", str(directory)]
-    options = ["--precision", "fp32", "--port", "0", "--replicas", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, env=environment)
-    try:
-        url = _announced_url(process)
-        with httpx.Client(base_url=url, timeout=60) as http:
-            yield Replicated(process, http, LLM(directory, max_num_sequences=8))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _announced_url(process: subprocess.Popen[bytes]) -> str:
-    assert process.stderr is not None
-    seen = []
-    for line in process.stderr:
-        seen.append(line.decode())
-        if seen[-1].startswith("serving "):
-            return seen[-1].split()[-1].removesuffix("/v1")
-    raise AssertionError("".join(seen))
+    options = ("--precision", "fp32", "--replicas", "2")
+    with (
+        serve_in_process(str(directory), *options, OMP_NUM_THREADS="1") as (process, url),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        yield Replicated(process, http, LLM(directory, max_num_sequences=8))
 
 
 def _descendants(pid: int) -> list[int]:

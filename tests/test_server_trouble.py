@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
 
 import httpx
@@ -49,6 +52,46 @@ def test_disconnect_of_one_who_waits() -> None:
         wait_until(lambda: metric(http, "vllm:num_requests_waiting") == 0)
         assert metric(http, "vllm:num_requests_running") == 1
         assert next(line for line in lines if line)
+
+
+def test_slow_reader_gets_the_whole_and_delays_no_one() -> None:
+    """Its socket's buffers are long full when it begins to read."""
+    with serving(stub_engine()) as http, connection(http, receive_buffer=4096) as slow:
+        body = json.dumps({"prompt": "hello", "max_tokens": 3000, "stream": True}).encode()
+        slow.sendall(post(body))
+        wait_until(lambda: metric(http, "vllm:request_success_total") == 1)
+        for _ in range(5):
+            assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        answer = b""
+        while b"[DONE]" not in answer[-100:]:
+            answer += slow.recv(65536)
+    assert answer.count(b'"text":') == 3000
+
+
+def test_what_is_no_http() -> None:
+    with serving(stub_engine()) as http:
+        for wild in (
+            bytes(range(256)) * 8 + b"\r\n\r\n",
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"\x16\x03\x01",
+        ):
+            with connection(http) as client:
+                client.sendall(wild)
+        assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+
+
+@contextmanager
+def connection(http: httpx.Client, receive_buffer: int = 65536) -> Iterator[socket.socket]:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(20)
+        client.connect((http.base_url.host, http.base_url.port))
+        yield client
+
+
+def post(body: bytes) -> bytes:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
 
 
 def test_full_queue() -> None:

@@ -1,8 +1,12 @@
-"""A web application on a thread of this process, at a free port of the loopback."""
+"""A web application on a thread of this process, or `qserve serve` in one of its own; at free ports."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,3 +31,31 @@ def serve_in_thread(app: ASGIApp) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+@contextmanager
+def serve_in_process(
+    model: str, *options: str, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process with `qserve serve`, and its base URL; on exit it must end well when told to."""
+    command = [sys.executable, "-m", "qserve", "serve", model, "--port", "0", *options]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    try:
+        yield process, _announced_url(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, "the server did not end well"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _announced_url(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        if line.startswith("serving "):
+            return line.split()[-1].removesuffix("/v1")
+        seen.append(line)
+    raise RuntimeError(f"qserve serve has ended: {''.join(seen)}")
