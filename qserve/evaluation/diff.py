@@ -20,6 +20,7 @@ from qserve.evaluation.basis import BasisError, in_basis_of, read_weights, strea
 from qserve.evaluation.sequences import EvaluatedModel, SequenceScorer, TokenIds
 from qserve.models.attention import PagedAttention
 from qserve.models.config import ModelConfig
+from qserve.models.layers import Product
 from qserve.models.source import WeightSource
 
 NO_ERROR_DB = 300.0
@@ -225,7 +226,8 @@ class _Lockstep:
 
 
 def _run_layer(side: SequenceScorer, index: int, x: Tensor, attend: PagedAttention) -> _Step:
-    mlp, stream = side.decoder.layers[index](x, None, attend, index)
+    added, stream = side.decoder.layers[index](x, None, attend, index)
+    mlp = added.tensor() if isinstance(added, Product) else added
     return _Step(stream - x, mlp, stream + mlp)
 
 

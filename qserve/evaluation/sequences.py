@@ -163,6 +163,7 @@ def whole_sequences(lengths: Sequence[int], device: torch.device) -> PagedBatch:
         page_table=table.int().to(device),
         max_query_len=max(lengths),
         max_context_len=max(lengths),
+        lengths=tuple((length, length) for length in lengths),
     )
 
 
