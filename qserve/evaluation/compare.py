@@ -1,7 +1,8 @@
 """Recipes side by side: quantize, evaluate, compare with the original; what is done stays done.
 
 In the output folder, checkpoints and results bear names that say what they depend on, so a run that
-was stopped goes on where it was, and another run with more recipes or seeds adds to it.
+was stopped goes on where it was, and another run with more recipes or seeds adds to it. Changes of the
+code are not among what names say: they want another folder.
 """
 
 from __future__ import annotations
