@@ -90,8 +90,14 @@ def make_engine(policy: DevicePolicy | None = None, **settings: Any) -> Engine:
     return Engine(tiny_decoder(), TOKENIZER, config, policy=policy)
 
 
-def collect(engine: Engine, results: dict[str, dict[int, Completion]]) -> None:
+def collect(
+    engine: Engine,
+    results: dict[str, dict[int, Completion]],
+    prompt_scores: dict[str, object] | None = None,
+) -> None:
     for output in engine.step():
+        if prompt_scores is not None and output.prompt_logprobs is not None:
+            prompt_scores[output.request_id] = output.prompt_logprobs
         for part in output.outputs:
             results.setdefault(output.request_id, {}).setdefault(part.index, Completion()).extend(
                 part
@@ -112,7 +118,7 @@ def run_one(engine: Engine, prompt: list[int], params: SamplingParams) -> Comple
     return run_all(engine)["only"][0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=7
@@ -158,6 +164,42 @@ def test_tokens_equal_naive_generation_in_any_schedule(
         assert completion.token_ids == (
             expected[: len(completion.token_ids)] if aborted else expected
         )
+
+
+def texts_with_stops() -> tuple[str, ...]:
+    """Strings that some of the texts come to, across the borders of tokens."""
+    texts = [TOKENIZER.decode(expected_tokens(prompt, 0)) for prompt in range(len(PROMPTS))]
+    return tuple(text[3:5] for text in texts if len(text) > 5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), num_pages=st.integers(8, 16))
+def test_steps_ahead_change_no_part_of_an_output(data: st.DataObject, num_pages: int) -> None:
+    params = st.builds(
+        SamplingParams,
+        max_tokens=st.integers(1, 12),
+        temperature=st.sampled_from([0, 1]),
+        seed=st.integers(0, 9),
+        n=st.integers(1, 3),
+        stop=st.lists(st.sampled_from(texts_with_stops()), max_size=2).map(tuple),
+        stop_token_ids=st.sampled_from([(), tuple(range(3, 320, 5))]),
+        frequency_penalty=st.sampled_from([0.0, 1.5]),
+        logprobs=st.sampled_from([None, 0, 3]),
+        prompt_logprobs=st.sampled_from([None, None, 2]),
+        min_tokens=st.integers(0, 1),
+    )
+    requests = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), params), max_size=5))
+    results = []
+    for policy in (PLAIN, REPLAYED):
+        engine = make_engine(policy, num_pages=num_pages)
+        for number, (prompt, chosen) in enumerate(requests):
+            engine.add_request(str(number), prompt, chosen)
+        completions: dict[str, dict[int, Completion]] = {}
+        prompt_scores: dict[str, object] = {}
+        while engine.has_unfinished:
+            collect(engine, completions, prompt_scores)
+        results.append((completions, prompt_scores, engine.stats.generated_tokens))
+    assert results[0] == results[1]
 
 
 def test_tokens_do_not_depend_on_the_chunk_size() -> None:

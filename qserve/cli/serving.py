@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -148,6 +149,8 @@ def run_server(
         ssl_certfile=config.tls_certificate,
         ssl_keyfile=config.tls_key,
     )
+    gc.collect()
+    gc.freeze()  # what is loaded stays; walking it in every full collection would stall all requests
     _DrainingServer(options, engine).run(sockets=[listener])
 
 

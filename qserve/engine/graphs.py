@@ -19,19 +19,16 @@ _NARROWEST = 32
 class DecodeGraphs:
     """Chooses a recorded step for a plan, a little larger than it if need be, and replays it.
 
-    compute: (shape, buffer with its tensors on the device) -> nothing; what it yields must go to
-    tensors that stay where they are. A shape is recorded when it is first met.
+    A shape is recorded when it is first met.
     """
 
     def __init__(
         self,
-        compute: Callable[[StepShape, Tensor], None],
         capture: Callable[[Work], Work],
         max_num_sequences: int,
         max_pages: int,
         device: torch.device,
     ) -> None:
-        self._compute = compute
         self._capture = capture
         self._sizes = tuple(batch_sizes(max_num_sequences))
         self._widths = tuple(_widths(max_pages))
@@ -53,13 +50,19 @@ class DecodeGraphs:
         width = next(width for width in self._widths if width >= needed.pages)
         return StepShape.of_decodes(size, width)
 
-    def run(self, shape: StepShape, staged: Tensor) -> None:
-        """Do a step of one of our shapes."""
+    def run(
+        self, shape: StepShape, staged: Tensor, compute: Callable[[StepShape, Tensor], None]
+    ) -> None:
+        """Do a step of one of our shapes.
+
+        compute: (shape, buffer with its tensors on the device), always the same; what it yields must
+        go to tensors that stay where they are.
+        """
         self._inputs[: shape.nbytes].copy_(staged, non_blocking=True)
         if shape in self._replays:
             self._replays[shape]()
         else:
-            self._replays[shape] = self._capture(lambda: self._compute(shape, self._inputs))
+            self._replays[shape] = self._capture(lambda: compute(shape, self._inputs))
 
 
 def batch_sizes(limit: int) -> Iterator[int]:

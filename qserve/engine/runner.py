@@ -44,7 +44,7 @@ class ModelRunner:
         self._graphs = None
         if capture is not None:
             sizes = (limits.max_num_sequences, limits.max_pages)
-            self._graphs = DecodeGraphs(self._decode, capture, *sizes, device)
+            self._graphs = DecodeGraphs(capture, *sizes, device)
 
     @property
     def num_pages(self) -> int:
@@ -83,7 +83,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _replay(self, plan: StepPlan, shape: StepShape) -> None:
         assert self._graphs is not None
-        self._graphs.run(shape, self._stage(plan, shape))
+        self._graphs.run(shape, self._stage(plan, shape), self._decode)
 
     def _stage(self, plan: StepPlan, shape: StepShape) -> Tensor:
         pinned = self.device.type != "cpu"
