@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qserve.engine.llm import LLM
-    from qserve.engine.request import SamplingParams
+    from qserve.engine.request import Grammar, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "qserve.engine.llm", "SamplingParams": "qserve.engine.request"}
+_HOMES = {
+    "LLM": "qserve.engine.llm",
+    "Grammar": "qserve.engine.request",
+    "SamplingParams": "qserve.engine.request",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -248,6 +248,17 @@ def test_a_grammar_that_comes_to_cost_too_much_ends_its_sequence(engine: Engine)
     assert completions["cheap "][0].text == "b" * 30
 
 
+@pytest.mark.parametrize(
+    "grammar", [regex("ab"), lark("start: <|im_end|>"), lark('start: "a" <[2]>')]
+)
+def test_a_grammar_that_wants_what_ends_the_text_ends_its_sequence(
+    engine: Engine, grammar: Grammar
+) -> None:
+    (b,) = tiny_tokenizer().encode("b")
+    (completion,) = guided(engine, grammar, stop_token_ids=(b,))
+    assert completion.finish_reason is FinishReason.ABORT
+
+
 def test_a_model_without_an_end_takes_no_grammar() -> None:
     compiler = GrammarCompiler(tiny_tokenizer(), 320, [])
     with pytest.raises(RequestError, match="end-of-text"):

@@ -43,21 +43,25 @@ class TokenGuide:
 
     def mask(self) -> NDArray[numpy.uint8]:
         """One bit per token, the lowest of a byte first, set if it may come next; valid until the
-        next call. Once the grammar has failed, any token may come: `accept` refuses it."""
+        next call. Where the text cannot go on, any token may come: `accept` refuses it."""
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if self._matcher.is_error():
+        self._set_ends(self._matcher.is_accepting())
+        if self._matcher.is_error() or not self._mask.any():
             self._mask.fill(255)
-        is_complete = self._matcher.is_accepting()
+            self._set_ends(False)
+        return self._mask
+
+    def _set_ends(self, allowed: bool) -> None:
         for token in self._ends:
             bit = numpy.uint8(1 << token % 8)
             self._mask[token // 8] &= ~bit
-            self._mask[token // 8] |= bit * is_complete
-        return self._mask
+            self._mask[token // 8] |= bit * allowed
 
     def accept(self, token_id: int) -> bool:
         """Take the next token, which ends nothing.
 
-        False if the grammar turns out to cost too much to go on with.
+        False if the text cannot go on: the grammar turns out to cost too much, or wants a token that
+        ends the sequence.
         """
         return bool(self._matcher.consume_token(token_id))
 
