@@ -23,7 +23,7 @@ from qserve.kernels import (
 from qserve.kernels.decode_cuda import MAX_SPLITS, SPLIT_PAGES, DecodePlan, DecodeShape
 from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.jit import Kernel
-from qserve.kernels.paged import AttentionInputs
+from qserve.kernels.paged import AppendInputs, AttentionInputs
 from qserve.testing.paging import (
     attention_in_double,
     pages_of,
@@ -85,7 +85,7 @@ def test_append(
     expected_pool = pool.clone()
     options = (kv_format, query_heads, hadamard, center)
     expected = rope_append(qkv, table, batch, expected_pool, *options)
-    q = kv_append_cuda.rope_append(qkv, table, batch, pool, *options)
+    q = kv_append_cuda.rope_append(AppendInputs(qkv, table, batch, pool, *options))
     if not hadamard:
         assert torch.equal(q, expected) and torch.equal(pool, expected_pool)
         return
@@ -104,7 +104,11 @@ def plan(contexts: list[int], queries: list[int], window: int | None = None) -> 
     """The work list: sequence, row, first page, pages, begin, end, split, splits."""
     batch = random_batch(contexts, queries, sum(map(pages_of, contexts)) + 1)
     made = DecodePlan.build(batch, 1, 64, window)
-    return made.items[: int(made.item_count)].tolist()
+    done = slice(int(made.item_count))
+    for item, ids in zip(made.items[done].tolist(), made.page_ids[done].tolist(), strict=True):
+        sequence, first, pages = item[0], item[2], min(item[3], SPLIT_PAGES)
+        assert ids[:pages] == batch.page_table[sequence, first : first + pages].tolist()
+    return made.items[done].tolist()
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 5000])

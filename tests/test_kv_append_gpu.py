@@ -61,7 +61,10 @@ def test_append_with_hadamard_differs_by_rounding_alone(
 ) -> None:
     kv_format = KVFormat(bits, dim, kv_heads)
     expected, found = append_on_both(kv_format, query_heads, torch.float16, True, True)
-    torch.testing.assert_close(found[0], expected[0], rtol=2e-3, atol=1e-5)
+    # A small element may be the difference of large ones: float32 rounds by the head's largest.
+    largest = expected[0].float().abs().amax(-1, keepdim=True)
+    difference = (found[0].float() - expected[0].float()).abs()
+    assert (difference <= 2e-3 * expected[0].float().abs() + 1e-6 * largest).all()
     codes, expected_codes = (
         torch.cat(unpack_codes(pool, kv_format, torch.int32)) for pool in (found[1], expected[1])
     )

@@ -1,23 +1,32 @@
-"""Decode attention against the memory's ceiling and torch's own attention, and the append kernel."""
+"""Attention over pages and the append kernel against the memory's ceiling and torch's attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, product
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate, chain, product
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qserve.formats.kv import KVFormat
-from qserve.kernels import PagedBatch, paged_attention, rope_append
+from qserve.kernels import paged_attention, paged_attention_quantize, rope_append
 from qserve.testing.paging import pages_of, random_batch, random_pool
 from qserve.testing.timing import Call, copies_beyond_cache, time_interleaved
 
 DTYPE = torch.float16
 MAX_COPIES = 24
 APPEND_TOKENS = (1, 64, 256, 1024, 8192, 32768)
+PROMPTS = {
+    "1 x 1024": ((1024,), (1024,)),
+    "8 x 1024": ((1024,) * 8, (1024,) * 8),
+    "1 x 32768": ((32768,), (32768,)),
+    "512 behind 8192": ((8704,), (512,)),
+}
+"""Contexts and queries of prefill steps."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +46,55 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Microseconds of a case: ours, torch's over a float16 cache; share of the copy bandwidth."""
+    """Microseconds of a decode step: ours, ours as int8, torch's over a float16 cache; the share of
+    the copy bandwidth at which codes and scales are read."""
 
     case: AttentionCase
     microseconds: float
-    torch_microseconds: float | None
-    copy_bandwidth: float
-
-    @property
-    def share(self) -> float:
-        return self.case.nbytes / (self.microseconds * 1e-6) / self.copy_bandwidth
+    quantized: float
+    torch_flash: float | None
+    share: float
 
     def __str__(self) -> str:
         kv_format = self.case.kv_format
-        peer = "-" if self.torch_microseconds is None else f"{self.torch_microseconds:8.1f}"
+        peer = "-" if self.torch_flash is None else f"{self.torch_flash:.1f}"
         return (
-            f"{self.case.name:24s} KV{kv_format.bits} {self.case.num_query_heads}/"
+            f"{self.case.name:16s} KV{kv_format.bits} {self.case.num_query_heads}/"
             f"{kv_format.num_kv_heads} D{kv_format.head_dim}  {self.case.nbytes / 1e6:7.1f} MB  "
-            f"{self.microseconds:8.1f} us  {self.share:6.1%} of copy  torch {peer} us"
+            f"{self.microseconds:7.1f} us  {self.share:6.1%} of copy  "
+            f"int8 {self.quantized:7.1f} us  torch {peer:>8s} us"
         )
+
+
+@dataclass(frozen=True)
+class AppendRow:
+    """Microseconds of one append, and its share of the copy bandwidth."""
+
+    tokens: int
+    hadamard: bool
+    microseconds: float
+    share: float
+
+    def __str__(self) -> str:
+        name = "append, Hadamard" if self.hadamard else "append"
+        return f"{name:16s} {self.tokens:6d} tokens  {self.microseconds:8.2f} us  {self.share:6.1%} of copy"
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """Microseconds of attention over pages, and of flash attention over float16 tensors."""
+
+    name: str
+    microseconds: float
+    torch_flash: float
+
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.name:16s} {self.microseconds:9.1f} us  torch {self.torch_flash:9.1f} us"
+        )
+
+
+Row = AttentionRow | AppendRow | PrefillRow
 
 
 def attention_cases(
@@ -77,18 +116,19 @@ def attention_cases(
 def bench_attention(
     case: AttentionCase, copy_bandwidth: float, with_torch: bool = True
 ) -> AttentionRow:
-    """Time one case over page tables that rotate, so that no page is in the L2 cache."""
-    peers: dict[str, Sequence[Call]] = {"ours": _our_calls(case)}
+    """Time one case over pools that rotate as a model's layers do: no page is in the L2 cache."""
+    peers: dict[str, Sequence[Call]] = _our_calls(case)
     if with_torch:
         peers["torch"] = _torch_calls(case)
     times = time_interleaved(peers)
-    theirs = times["torch"].median if with_torch else None
-    return AttentionRow(case, times["ours"].median, theirs, copy_bandwidth)
+    ours, theirs = times["ours"].median, times["torch"].median if with_torch else None
+    share = case.nbytes / (ours * 1e-6) / copy_bandwidth
+    return AttentionRow(case, ours, times["quantized"].median, theirs, share)
 
 
-def bench_append(tokens: int, hadamard: bool = True) -> tuple[float, int]:
-    """Microseconds of RoPE, quantize and write for `tokens` tokens of 32 + 2 x 8 heads of 128, and
-    the bytes that moves. Fewer than 1024 tokens are decode steps, more are one prompt."""
+def bench_append(tokens: int, hadamard: bool, copy_bandwidth: float) -> AppendRow:
+    """RoPE, quantize and write for `tokens` tokens of 32 + 2 x 8 heads of 128. Fewer than 1024 tokens
+    are decode steps, more are one prompt."""
     kv_format, query_heads = KVFormat(4, 128, 8), 32
     qkv = torch.randn(tokens, (query_heads + 16) * 128, dtype=DTYPE, device="cuda")
     nbytes = qkv.nbytes + tokens * (query_heads * 128 * 2 + kv_format.bytes_per_token)
@@ -99,25 +139,50 @@ def bench_append(tokens: int, hadamard: bool = True) -> tuple[float, int]:
     pool = kv_format.new_pool(num_pages, "cuda")
     table = torch.rand(max(contexts), 128, device="cuda")
     copies = [qkv.clone() for _ in range(min(MAX_COPIES, copies_beyond_cache(nbytes)))]
-    calls = [
-        lambda x=x: rope_append(x, table, batch, pool, kv_format, query_heads, hadamard)
-        for x in copies
-    ]
-    return time_interleaved({"append": calls})["append"].median, nbytes
+    options = (table, batch, pool, kv_format, query_heads, hadamard)
+    calls = [partial(rope_append, copy, *options) for copy in copies]
+    elapsed = time_interleaved({"append": calls})["append"].median
+    return AppendRow(tokens, hadamard, elapsed, nbytes / (elapsed * 1e-6) / copy_bandwidth)
 
 
-def bench_paged() -> None:
-    """Print every case at head dims 128 and 64 and with 8-bit pages, then the append kernel."""
+def bench_prefill(name: str) -> PrefillRow:
+    """A step of `PROMPTS`, 32 query and 8 KV heads of 128, 4-bit pages."""
+    contexts, queries = PROMPTS[name]
+    kv_format, num_pages = KVFormat(4, 128, 8), sum(map(pages_of, contexts))
+    batch = random_batch(contexts, queries, num_pages, "cuda")
+    pool = random_pool(kv_format, num_pages, "cuda")
+    q = torch.randn(sum(queries), 32, 128, dtype=DTYPE, device="cuda")
+    keys, values = torch.randn(2, sum(contexts), 8, 128, dtype=DTYPE, device="cuda")
+    ours = partial(paged_attention, q, batch, pool, kv_format, 128**-0.5)
+    theirs = _varlen_call(q, keys, values, contexts, queries)
+    peers: dict[str, Sequence[Call]] = {"ours": [ours] * 2, "torch": [theirs] * 2}
+    times = time_interleaved(peers)
+    return PrefillRow(name, times["ours"].median, times["torch"].median)
+
+
+def bench_paged(as_json: bool = False) -> None:
+    """Print every case at head dims 128 and 64 and with 8-bit pages, append and prefill."""
     bandwidth = measure_copy_bandwidth()
-    print(f"copy: {bandwidth / 1e12:.2f} TB/s")
-    for case in (*attention_cases(), *attention_cases(head_dim=64), *attention_cases(bits=8)):
-        print(bench_attention(case, bandwidth, with_torch=case.kv_format.bits == 4), flush=True)
+    rows = []
+    if not as_json:
+        print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    for row in _all_rows(bandwidth):
+        rows.append(row)
+        if not as_json:
+            print(row, flush=True)
         torch.cuda.empty_cache()
+    if as_json:
+        device = torch.cuda.get_device_name()
+        result = {"device": device, "copy_bandwidth": bandwidth, "rows": [asdict(r) for r in rows]}
+        print(json.dumps(result, default=str))
+
+
+def _all_rows(bandwidth: float) -> Iterator[Row]:
+    for case in chain(attention_cases(), attention_cases(head_dim=64), attention_cases(bits=8)):
+        yield bench_attention(case, bandwidth, with_torch=case.kv_format.bits == 4)
     for tokens, hadamard in product(APPEND_TOKENS, (True, False)):
-        elapsed, nbytes = bench_append(tokens, hadamard)
-        share = nbytes / (elapsed * 1e-6) / bandwidth
-        name = "append + Hadamard" if hadamard else "append"
-        print(f"{name:18s} {tokens:6d} tokens  {elapsed:8.2f} us  {share:6.1%} of copy")
+        yield bench_append(tokens, hadamard, bandwidth)
+    yield from map(bench_prefill, PROMPTS)
 
 
 def measure_copy_bandwidth(nbytes: int = 1 << 30) -> float:
@@ -128,21 +193,19 @@ def measure_copy_bandwidth(nbytes: int = 1 << 30) -> float:
     return 2 * nbytes / (timing.median * 1e-6)
 
 
-def _our_calls(case: AttentionCase) -> list[Call]:
+def _our_calls(case: AttentionCase) -> dict[str, Sequence[Call]]:
     kv_format, scale = case.kv_format, case.kv_format.head_dim**-0.5
     used = sum(map(pages_of, case.contexts))
     copies = min(MAX_COPIES, copies_beyond_cache(case.nbytes))
-    pool = random_pool(kv_format, used * copies, "cuda")
-    first = random_batch(case.contexts, [1] * len(case.contexts), used, "cuda")
+    pools = random_pool(kv_format, used * copies, "cuda").split(used)
+    batch = random_batch(case.contexts, [1] * len(case.contexts), used, "cuda")
     q = _queries(case)
-
-    def call(batch: PagedBatch) -> Callable[[], Tensor]:
-        return lambda: paged_attention(q, batch, pool, kv_format, scale)
-
-    return [
-        call(replace(first, page_table=first.page_table + used * copy, derived=first.derived))
-        for copy in range(copies)
-    ]
+    paged_attention(q, batch, pools[0], kv_format, scale)  # makes the step's work list
+    ops = {"ours": paged_attention, "quantized": paged_attention_quantize}
+    return {
+        name: [partial(op, q, batch, pool, kv_format, scale) for pool in pools]
+        for name, op in ops.items()
+    }
 
 
 def _queries(case: AttentionCase) -> Tensor:
@@ -161,7 +224,8 @@ def _torch_calls(case: AttentionCase) -> list[Call]:
         for _ in range(copies)
     ]
     if len(set(case.contexts)) > 1:
-        return [_varlen_call(q, keys, values, case.contexts) for keys, values in caches]
+        once = (1,) * len(case.contexts)
+        return [_varlen_call(q, keys, values, case.contexts, once) for keys, values in caches]
     return [_dense_call(q, keys, values, len(case.contexts)) for keys, values in caches]
 
 
@@ -172,9 +236,15 @@ def _dense_call(q: Tensor, keys: Tensor, values: Tensor, sequences: int) -> Call
     )
 
 
-def _varlen_call(q: Tensor, keys: Tensor, values: Tensor, contexts: tuple[int, ...]) -> Call:
-    starts = torch.tensor([0, *accumulate(contexts)], dtype=torch.int32, device="cuda")
-    queries = torch.arange(len(contexts) + 1, dtype=torch.int32, device="cuda")
+def _varlen_call(
+    q: Tensor, keys: Tensor, values: Tensor, contexts: tuple[int, ...], queries: tuple[int, ...]
+) -> Call:
+    """Causal, the queries being each sequence's last positions."""
+    query_starts, key_starts = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+        for lengths in (queries, contexts)
+    )
+    starts, longest = (query_starts, key_starts), (max(queries), max(contexts))
     return lambda: torch.ops.aten._flash_attention_forward(
-        q, keys, values, queries, starts, 1, max(contexts), 0.0, False, False
+        q, keys, values, *starts, *longest, 0.0, True, False
     )

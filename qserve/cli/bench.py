@@ -152,11 +152,11 @@ def kernels_(
 
 
 @bench.command()
-def attention() -> None:
-    """Decode attention over quantized pages, and the append kernel, against the copy bandwidth."""
+def attention(as_json: Json = False) -> None:
+    """Attention over quantized pages, and the append kernel, against the copy bandwidth."""
     from qserve.benchmark.attention import bench_paged
 
-    bench_paged()
+    bench_paged(as_json)
 
 
 @kernels.command("compile")

@@ -12,7 +12,7 @@ read-modify-write.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -72,6 +72,16 @@ class KVFormat:
     def value_channel_order(self) -> Tensor:
         """int64 [D]: which channel each unpacked V element is (`unpack_codes`)."""
         return _code_layout(self.bits, self.head_dim).value_channels
+
+    @property
+    def key_channel_places(self) -> Tensor:
+        """int64 [D]: where each channel lies in an unpacked K row."""
+        return _code_layout(self.bits, self.head_dim).key_places
+
+    @property
+    def value_channel_places(self) -> Tensor:
+        """int64 [D]: where each channel lies in an unpacked V row."""
+        return _code_layout(self.bits, self.head_dim).value_places
 
     def new_pool(self, num_pages: int, device: torch.device | str = "cpu") -> Tensor:
         """uint8 [num_pages, Hkv, block_bytes], not initialised."""
@@ -192,8 +202,8 @@ def unpack_scales(blocks: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
 def dequantize_blocks(blocks: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
     """K and V float64 [..., 64, D] of blocks u8 [..., block_bytes], channels in natural order."""
     keys, values = unpack_codes(blocks, kv_format, torch.float64)
-    keys = keys[..., kv_format.key_channel_order.argsort()]
-    values = values[..., kv_format.value_channel_order.argsort()]
+    keys = keys[..., kv_format.key_channel_places]
+    values = values[..., kv_format.value_channel_places]
     if kv_format.bits == 16:
         return keys, values
     key_scales, value_scales = unpack_scales(blocks, kv_format)
@@ -214,6 +224,16 @@ class _CodeLayout:
     key_channels: Tensor
     value_bytes: Tensor
     value_channels: Tensor
+
+    @cached_property
+    def key_places(self) -> Tensor:
+        """i64 [D], the inverse of key_channels."""
+        return self.key_channels.argsort()
+
+    @cached_property
+    def value_places(self) -> Tensor:
+        """i64 [D], the inverse of value_channels."""
+        return self.value_channels.argsort()
 
 
 @lru_cache(maxsize=8)

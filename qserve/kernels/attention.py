@@ -143,7 +143,7 @@ class _Contexts:
         hidden = ~_visible(positions, reached.keys.shape[2], window)
         scores.masked_fill_(hidden[:, None, None], -torch.inf)
         ordered = reached._weighted_values(scores.softmax(dim=-1).flatten(2, 3))
-        natural = ordered[..., self.kv_format.value_channel_order.argsort()]
+        natural = ordered[..., self.kv_format.value_channel_places]
         out: Tensor = natural.unflatten(2, (-1, length))
         return out.permute(0, 3, 1, 2, 4).flatten(2)
 

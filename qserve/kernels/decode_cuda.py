@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qserve.formats.activation import QuantizedActivation
 from qserve.formats.kv import KVFormat
+from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.jit import Kernel
 from qserve.kernels.paged import AttentionInputs, PagedBatch
 
@@ -29,7 +30,7 @@ QUERY_TILE = 8
 
 WORK_ITEM_INTS = 8
 _READERS = 8
-_MERGERS = 4
+_MERGERS = {64: 2, 128: 4}  # by head dim, as measured
 _MAX_PAGES_PER_READER = 3
 _MAX_COMBINE_THREADS = 512
 
@@ -42,11 +43,18 @@ def attend(inputs: AttentionInputs, out: Tensor) -> None:
 
 
 def attend_quantize(inputs: AttentionInputs) -> QuantizedActivation:
-    """Attention of sequences with one query each, as int8 per token: [T, Hq * D]."""
-    rows, heads, head_dim = inputs.q.shape
-    quantized = QuantizedActivation.empty(rows, heads * head_dim, inputs.q.device)
+    """Attention of sequences with one query each, as int8 per token: [T, Hq * D].
+
+    A token's heads are spread over the blocks, and its scale needs them all: a second launch, which
+    where sequences may be split is the one that adds up.
+    """
     out = torch.empty_like(inputs.q)
-    _launch_combine(inputs, _launch_decode(inputs, out), out, quantized)
+    plan = _launch_decode(inputs, out)
+    if plan.max_splits == 1:
+        return quantize_per_token(out.flatten(1))
+    rows, heads, head_dim = out.shape
+    quantized = QuantizedActivation.empty(rows, heads * head_dim, out.device)
+    _launch_combine(inputs, plan, out, quantized)
     return quantized
 
 
@@ -59,9 +67,10 @@ def _launch_decode(inputs: AttentionInputs, out: Tensor) -> DecodePlan:
         batch.derived[key] = DecodePlan.build(batch, heads, head_dim, inputs.window)
     plan: DecodePlan = batch.derived[key]
     shape = DecodeShape(kv_format, heads, q.dtype, _shared_bytes(device), overlap=not fresh)
-    sources = (q, inputs.pool, batch.page_table, plan.items, plan.item_count, len(plan.items))
+    work = (plan.items, plan.page_ids, plan.item_count, len(plan.items))
     sizes = (batch.page_table.shape[1], plan.max_splits, inputs.scale * math.log2(math.e))
-    arguments = (*sources, out, plan.partials, plan.partial_sums, *sizes)
+    targets = (out, plan.partials, plan.partial_sums)
+    arguments = (q, inputs.pool, batch.page_table, *work, *targets, *sizes)
     decode_kernel(shape)(device, (_multiprocessors(device),), arguments)
     return plan
 
@@ -114,6 +123,11 @@ class DecodeShape:
         return _READERS if self._pages_that_fit(_READERS) >= _READERS else _READERS // 2
 
     @property
+    def mergers(self) -> int:
+        """Warps that combine what the readers found."""
+        return _MERGERS[self.kv_format.head_dim]
+
+    @property
     def stages(self) -> int:
         """Pages in shared memory at a time: as many for each reader, whose own they are."""
         readers = self.readers
@@ -142,8 +156,8 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
     return Kernel(
         "decode_attention.cu",
         "decode_attention",
-        parameters="(5Pi3P2if)",
-        threads=(shape.readers + _MERGERS + 1) * 32,
+        parameters="(6Pi3P2if)",
+        threads=(shape.readers + shape.mergers + 1) * 32,
         shared_bytes=shape.used_bytes,
         overlap=shape.overlap,
         constants={
@@ -153,8 +167,9 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
             "GROUP": shape.group,
             "TILES": shape.tiles,
             "ROWS": shape.rows,
+            "SPLIT_PAGES": SPLIT_PAGES,
             "WARPS": shape.readers,
-            "MERGERS": _MERGERS,
+            "MERGERS": shape.mergers,
             "STAGES": shape.stages,
             "SHARED_BYTES": shape.used_bytes,
             "BFLOAT16": shape.dtype == torch.bfloat16,
@@ -182,7 +197,6 @@ def combine_kernel(
             "HEAD_DIM": head_dim,
             "COLUMNS": columns,
             "THREADS": threads,
-            "MAX_SPLITS": MAX_SPLITS,
             "QUANTIZE": quantize,
             "BFLOAT16": dtype == torch.bfloat16,
         },
@@ -200,7 +214,7 @@ def plan_kernel() -> Kernel:
     return Kernel(
         "decode_plan.cu",
         "decode_plan",
-        parameters="(5P2i)",
+        parameters="(7P3i)",
         threads=1024,
         constants={"SPLIT_PAGES": SPLIT_PAGES, "MAX_SPLITS": MAX_SPLITS},
     )
@@ -210,12 +224,14 @@ def plan_kernel() -> Kernel:
 class DecodePlan:
     """A step's work list, the same for every layer; see csrc/decode_plan.cu.
 
-    items: int32 [capacity, 8]. item_count: int32 [1]. splits: int32 [B]. max_splits: a sequence's at
-    the most. partials: float32 [B, max_splits, Hq, D], of splits yet to be combined; partial_sums:
-    float32 [B, max_splits, Hq, 2], their maxima and weights; empty where no sequence can be split.
+    items: int32 [capacity, 8]. page_ids: int32 [capacity, 32], of the items' first pages.
+    item_count: int32 [1]. splits: int32 [B]. max_splits: a sequence's at the most.
+    partials: float32 [B, max_splits, Hq, D], of splits yet to be combined; partial_sums: float32
+    [B, max_splits, Hq, 2], their maxima and weights; both empty where no sequence can be split.
     """
 
     items: Tensor
+    page_ids: Tensor
     item_count: Tensor
     splits: Tensor
     max_splits: int
@@ -231,14 +247,16 @@ class DecodePlan:
         parts = (sequences if max_splits > 1 else 0, max_splits, heads)
         plan = cls(
             items=_empty_ints(device, sequences * max_splits, WORK_ITEM_INTS),
+            page_ids=_empty_ints(device, sequences * max_splits, SPLIT_PAGES),
             item_count=_empty_ints(device, 1),
             splits=_empty_ints(device, sequences),
             max_splits=max_splits,
             partials=torch.empty(*parts, head_dim, dtype=torch.float32, device=device),
             partial_sums=torch.empty(*parts, 2, dtype=torch.float32, device=device),
         )
-        pointers = (batch.context_lens, batch.query_start, plan.items, plan.item_count, plan.splits)
-        plan_kernel()(device, (1,), (*pointers, sequences, window or 0))
+        sources = (batch.context_lens, batch.query_start, batch.page_table)
+        targets = (plan.items, plan.page_ids, plan.item_count, plan.splits)
+        plan_kernel()(device, (1,), (*sources, *targets, sequences, pages, window or 0))
         return plan
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qserve.formats.kv import KVFormat, write_tokens
 from qserve.kernels.op import FLOAT_DTYPES, Contract
-from qserve.kernels.paged import PagedBatch
+from qserve.kernels.paged import AppendInputs, PagedBatch
 
 
 def rope_append(
@@ -46,9 +46,8 @@ def rope_append(
     if qkv.is_cuda:
         from qserve.kernels import kv_append_cuda
 
-        return kv_append_cuda.rope_append(
-            qkv, rope_table, batch, pool, kv_format, num_query_heads, hadamard, key_center
-        )
+        options = (kv_format, num_query_heads, hadamard, key_center)
+        return kv_append_cuda.rope_append(AppendInputs(qkv, rope_table, batch, pool, *options))
     heads: Tensor = qkv.float().unflatten(-1, (-1, head_dim))
     queries_and_keys, values = heads.split((num_query_heads + kv_heads, kv_heads), dim=1)
     rotated = apply_rope(queries_and_keys, rope_table[batch.positions])

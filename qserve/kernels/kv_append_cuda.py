@@ -11,7 +11,7 @@ from torch import Tensor
 from qserve.formats.kv import KVFormat
 from qserve.kernels.jit import Kernel
 from qserve.kernels.op import OpError
-from qserve.kernels.paged import PagedBatch
+from qserve.kernels.paged import AppendInputs
 
 THREADS = 128
 
@@ -29,6 +29,17 @@ class AppendShape:
     hadamard: bool
     centered: bool = False
 
+    @classmethod
+    def of(cls, inputs: AppendInputs) -> AppendShape:
+        """The variant for these arguments."""
+        return cls(
+            inputs.kv_format,
+            inputs.num_query_heads,
+            inputs.qkv.dtype,
+            inputs.hadamard,
+            inputs.key_center is not None,
+        )
+
     @property
     def warps_per_token(self) -> int:
         """Warps hold heads of one role: query, key or value."""
@@ -40,29 +51,21 @@ class AppendShape:
         return query + 2 * kv
 
 
-def rope_append(
-    qkv: Tensor,
-    rope_table: Tensor,
-    batch: PagedBatch,
-    pool: Tensor,
-    kv_format: KVFormat,
-    num_query_heads: int,
-    hadamard: bool,
-    key_center: Tensor | None = None,
-) -> Tensor:
+def rope_append(inputs: AppendInputs) -> Tensor:
     """See `kv_append.rope_append`; qkv is float16 or bfloat16."""
+    qkv, table, batch = inputs.qkv, inputs.rope_table, inputs.batch
     if qkv.dtype not in (torch.float16, torch.bfloat16):
         raise OpError(f"rope_append: on a GPU, {qkv.dtype} is not served")
-    center = rope_table if key_center is None else key_center  # the table will not be read there
-    tensors = (qkv, rope_table, center, batch.positions, batch.slots, pool)
+    center = table if inputs.key_center is None else inputs.key_center  # then it will not be read
+    tensors = (qkv, table, center, batch.positions, batch.slots, inputs.pool)
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise OpError("rope_append: tensors must be contiguous")
-    tokens = len(qkv)
-    q = torch.empty(tokens, num_query_heads, kv_format.head_dim, dtype=qkv.dtype, device=qkv.device)
-    if tokens:
-        shape = AppendShape(kv_format, num_query_heads, qkv.dtype, hadamard, key_center is not None)
-        grid = (-(-tokens * shape.warps_per_token * 32 // THREADS),)
-        append_kernel(shape)(qkv.device, grid, (*tensors, q, tokens))
+    shape = AppendShape.of(inputs)
+    heads, head_dim = shape.num_query_heads, shape.kv_format.head_dim
+    q = torch.empty(len(qkv), heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if len(qkv):
+        grid = (-(-len(qkv) * shape.warps_per_token * 32 // THREADS),)
+        append_kernel(shape)(qkv.device, grid, (*tensors, q, len(qkv)))
     return q
 
 

@@ -1,4 +1,4 @@
-"""What paged ops share: where a batch's tokens live, and what attention over them takes."""
+"""What paged ops share: where a batch's tokens live, and what their ops take."""
 
 from __future__ import annotations
 
@@ -53,3 +53,17 @@ class AttentionInputs:
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.num_query_heads // self.kv_format.num_kv_heads
+
+
+@dataclass(frozen=True)
+class AppendInputs:
+    """The arguments of `kv_append.rope_append`."""
+
+    qkv: Tensor
+    rope_table: Tensor
+    batch: PagedBatch
+    pool: Tensor
+    kv_format: KVFormat
+    num_query_heads: int
+    hadamard: bool
+    key_center: Tensor | None

@@ -2,6 +2,7 @@
 #pragma once
 #include "ptx.cuh"
 
+constexpr bool LANE_COPIES = true;
 constexpr int FETCHERS = 1;
 
 DEVICE void barrier_init(uint32 barrier, int arrivals) {
@@ -26,7 +27,6 @@ DEVICE void barrier_wait(uint32 barrier, uint32 phase) {
 DEVICE void publish_barriers() { __syncthreads(); }
 
 DEVICE void fetch(uint32 destination, const uint8* source, uint32 bytes, uint32 barrier) {
-  if (threadIdx.x % 32 != 0) return;
   if (destination % 16 || bytes % 16) emulator::fail("misaligned copy");
   emulator::Barrier& state = emulator::barrier_at(barrier);
   state.bytes += bytes, state.pending--;

@@ -3,10 +3,11 @@
 #include "ptx.cuh"
 
 #if __CUDA_ARCH__ >= 900
-constexpr int FETCHERS = 1;  // threads whose arrival makes a page complete
+constexpr bool LANE_COPIES = true;  // whether `fetch` is called by one thread, or by a warp
 #else
-constexpr int FETCHERS = 32;
+constexpr bool LANE_COPIES = false;
 #endif
+constexpr int FETCHERS = LANE_COPIES ? 1 : 32;  // threads whose arrival makes a page complete
 
 // Returns once the barrier's phase of this parity is complete.
 DEVICE void barrier_wait(uint32 barrier, uint32 phase) {
@@ -40,13 +41,11 @@ DEVICE void publish_barriers() {
   __syncthreads();
 }
 
-// Copies global to shared memory, called by a whole warp; `barrier`, which expects FETCHERS
-// arrivals, completes when all has come. What is fetched is read once, so it is the first to leave
-// the L2 cache. On sm_90 this is one bulk copy by one thread; before that, each thread copies 16
-// bytes at a time.
+// Copies global to shared memory; `barrier`, which expects FETCHERS arrivals, completes when all has
+// come. What is fetched is read once, so it is the first to leave the L2 cache. On sm_90 this is one
+// bulk copy by one thread; before that, each thread of a warp copies 16 bytes at a time.
 DEVICE void fetch(uint32 destination, const uint8* source, uint32 bytes, uint32 barrier) {
 #if __CUDA_ARCH__ >= 900
-  if (threadIdx.x % 32 != 0) return;
   uint64 evict_first;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first));
   mbarrier_arrive_expecting(barrier, bytes);

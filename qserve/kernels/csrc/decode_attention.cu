@@ -49,27 +49,50 @@ DEVICE void init_barriers() {
   publish_barriers();
 }
 
+// Into the reader's next stage, once it has given it back.
+DEVICE void fetch_page(const Arguments& arguments, int id, int kv_head,
+                       const RingPosition& position) {
+  const int64 block = static_cast<int64>(id) * KV_HEADS + kv_head;
+  barrier_wait(address(shared().empty[position.stage]), position.phase ^ 1);
+  fetch(address(shared().pages[position.stage]), arguments.pool + block * BLOCK_BYTES, BLOCK_BYTES,
+        address(shared().full[position.stage]));
+}
+
+// A page for the reader of each lane's number, unless id is negative. Copies are a lane's each, at
+// once, or the warp's, one after the other.
+DEVICE void fetch_row(const Arguments& arguments, int id, int kv_head, RingPosition& position) {
+  if (LANE_COPIES) {
+    if (id >= 0) fetch_page(arguments, id, kv_head, position);
+  } else {
+    for (int lane = 0; lane < WARPS; lane++) {
+      const RingPosition other = {__shfl_sync(FULL_WARP, position.stage, lane),
+                                  __shfl_sync(FULL_WARP, position.phase, lane)};
+      const int other_id = __shfl_sync(FULL_WARP, id, lane);
+      if (other_id >= 0) fetch_page(arguments, other_id, kv_head, other);
+    }
+  }
+  if (id >= 0) position.advance(WARPS);
+}
+
 // Pages of earlier steps are fetched before the preceding kernel, which may append to the newest
-// page, has ended.
+// page, has ended. A row of pages is one for every reader; rows follow each other, so that no reader
+// waits for a page whose turn comes after one that waits for the reader.
 DEVICE void fetch_pages(const Arguments& arguments) {
   const int lane = threadIdx.x % 32;
-  RingPosition position = {0, 0};
-  for_each_work(arguments.work, [&](const Work& work, int) {
+  RingPosition position = {lane, 0};
+  for_each_work(arguments.work, [&](const Work& work, int turn) {
     const WorkItem& item = work.item;
-    const int* ids =
-        arguments.page_table + static_cast<int64>(item.sequence) * arguments.table_width;
-    const int newest = (item.end - 1) / PAGE_TOKENS;
+    const int* ids = arguments.page_table +
+                     static_cast<int64>(item.sequence) * arguments.table_width + item.first_page;
+    const int newest = (item.end - 1) / PAGE_TOKENS - item.first_page;
+    const int place = (lane + WARPS - turn) % WARPS;
     for (int base = 0; base < item.pages; base += 32) {
-      const int own = item.first_page + min(base + lane, item.pages - 1);
-      const int id = __ldg(ids + own);
-      for (int i = 0; i < min(32, item.pages - base); i++) {
-        const int64 block =
-            static_cast<int64>(__shfl_sync(FULL_WARP, id, i)) * KV_HEADS + work.kv_head;
-        if (item.first_page + base + i == newest) wait_for_predecessor();
-        barrier_wait(address(shared().empty[position.stage]), position.phase ^ 1);
-        fetch(address(shared().pages[position.stage]), arguments.pool + block * BLOCK_BYTES,
-              BLOCK_BYTES, address(shared().full[position.stage]));
-        position.advance(1);
+      const int ahead = base == 0 ? work.page_id : __ldg(ids + min(base + lane, item.pages - 1));
+      for (int row = 0; row < min(32, item.pages - base); row += WARPS) {
+        const int id = __shfl_sync(FULL_WARP, ahead, row + place);
+        const bool own = lane < WARPS && base + row + place < item.pages;
+        if (base + row + WARPS > newest) wait_for_predecessor();
+        fetch_row(arguments, own ? id : -1, work.kv_head, position);
       }
     }
   });
@@ -102,12 +125,12 @@ DEVICE void attend(const Arguments& arguments, int reader) {
   RingPosition position = {reader, 0};
   uint32 drained_phase = 1;
   const bool leader = threadIdx.x % 32 == 0;
-  wait_for_predecessor();
   for_each_work(arguments.work, [&](const Work& work, int turn) {
     const WorkItem& item = work.item;
     const int first = (reader + WARPS - turn) % WARPS;
     if (first >= item.pages) return;
     Query query;
+    wait_for_predecessor();  // the work list is older
     const int64 head = static_cast<int64>(item.row) * QUERY_HEADS + work.query_head();
     query.load(arguments.q + head * HEAD_DIM, work.rows(), arguments.score_unit);
     Attention attention;

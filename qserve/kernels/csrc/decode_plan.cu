@@ -1,6 +1,6 @@
 // The work list of a step: every sequence that has one query, split into pieces of at most
-// SPLIT_PAGES pages (of more only where that would make more than MAX_SPLITS), largest first. One
-// block.
+// SPLIT_PAGES pages (of more only where that would make more than MAX_SPLITS), largest first, with
+// the ids of their first SPLIT_PAGES pages. One block.
 #include "work_item.cuh"
 
 constexpr int THREADS = 1024;
@@ -9,10 +9,12 @@ constexpr int BINS = 128;  // a split's pages, larger ones together
 struct Arguments {
   const int* context_lens;
   const int* query_start;
+  const int* page_table;
   WorkItem* items;
+  int* page_ids;
   int* item_count;
   int* splits;
-  int sequences, window;  // window: tokens seen, 0 for all
+  int sequences, table_width, window;  // window: tokens seen, 0 for all
 };
 
 // How one sequence's pages are divided.
@@ -56,6 +58,17 @@ DEVICE int scan_bins(int (&counts)[BINS]) {
   return __shfl_sync(FULL_WARP, upto, 31);
 }
 
+// Past an item's last page, that page's id.
+DEVICE void copy_page_ids(const Arguments& arguments) {
+  const int count = *arguments.item_count * SPLIT_PAGES;
+  for (int i = threadIdx.x; i < count; i += THREADS) {
+    const WorkItem& item = arguments.items[i / SPLIT_PAGES];
+    const int page = item.first_page + max(0, min(i % SPLIT_PAGES, item.pages - 1));
+    const int64 row = static_cast<int64>(item.sequence) * arguments.table_width;
+    arguments.page_ids[i] = arguments.page_table[row + page];
+  }
+}
+
 __shared__ int bins[BINS];
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(const Arguments arguments) {
@@ -87,4 +100,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(const Argument
                                 division.splits};
     }
   }
+  __syncthreads();
+  copy_page_ids(arguments);
 }

@@ -6,9 +6,12 @@
 #pragma once
 #include "work_item.cuh"
 
+static_assert(SPLIT_PAGES == 32, "a lane has one of an item's first pages");
+
 struct Work {
   WorkItem item;
   int kv_head, tile;  // the query heads are tile * ROWS .. of those that share kv_head
+  int page_id;        // of the item's page of this lane's number
 
   __device__ __forceinline__ int rows() const {
     return TILES == 1 ? ROWS : min(ROWS, GROUP - tile * ROWS);
@@ -25,6 +28,7 @@ DEVICE WorkItem load_item(const WorkItem* item) {
 // The list has room for `capacity` items, of which the first *item_count are to be done.
 struct WorkList {
   const WorkItem* items;
+  const int* page_ids;  // SPLIT_PAGES of each item
   const int* item_count;
   int capacity;
 };
@@ -38,10 +42,12 @@ DEVICE void for_each_work(const WorkList& list, Body body) {
   for (int round = 0;; round++) {
     const int place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int piece = round * gridDim.x + place, head = piece % HEADS;
-    // Loaded before it is known to be one, so that the first two loads are on their way together.
-    const WorkItem item = load_item(list.items + min(piece / HEADS, list.capacity - 1));
+    // Loaded before it is known to be one, so that all loads are on their way together.
+    const int index = min(piece / HEADS, list.capacity - 1);
+    const WorkItem item = load_item(list.items + index);
+    const int page_id = __ldg(list.page_ids + index * SPLIT_PAGES + threadIdx.x % 32);
     if (piece >= __ldg(list.item_count) * HEADS) return;
-    body(Work{item, head / TILES, head % TILES}, turn);
+    body(Work{item, head / TILES, head % TILES, page_id}, turn);
     turn = (turn + item.pages) % WARPS;
   }
 }

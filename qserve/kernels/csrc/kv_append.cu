@@ -14,6 +14,10 @@ constexpr int OWN_CHUNKS = CHUNKS / LANES;  // of a thread: lane, lane + LANES, 
 constexpr int OWN_PAIRS = OWN_CHUNKS / 2;   // chunk i and i + OWN_PAIRS are RoPE's two halves
 constexpr float HALF_MAX = 65504.0f;
 
+// Makes the Hadamard matrix orthonormal; it is applied with the rotation, whose factors are there
+// before x is.
+constexpr float NORM = !HADAMARD ? 1.0f : HEAD_DIM == 128 ? 0.08838834764831845f : 0.125f;
+
 // Added to a small float, it leaves the nearest (even) integer in the sum's low bits: cheaper than
 // the conversion, of which an SM does sixteen a cycle.
 constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23
@@ -43,20 +47,29 @@ struct Channels {
   }
 };
 
+// The number of a thread's i-th chunk. Of values, neighbouring lanes take chunks that are stored in
+// the same 16 bytes.
+template <bool VALUE>
+DEVICE int own_chunk(int lane, int i) {
+  const int place = lane + i * LANES;
+  return VALUE ? place / 8 * 8 + place % 8 / 2 + place % 2 * 4 : place;
+}
+
+template <bool VALUE>
 DEVICE void load_channels(Channels& x, const uint16* head, int lane) {
   uint4 vectors[OWN_CHUNKS];
 #pragma unroll
   for (int i = 0; i < OWN_CHUNKS; i++)
-    vectors[i] = reinterpret_cast<const uint4*>(head)[lane + i * LANES];
+    vectors[i] = reinterpret_cast<const uint4*>(head)[own_chunk<VALUE>(lane, i)];
 #pragma unroll
   for (int i = 0; i < OWN_CHUNKS; i++) unpack_vector<BFLOAT16>(vectors[i], x.chunks[i]);
 }
 
-template <bool BF16>
+template <bool BF16, bool VALUE>
 DEVICE void store_channels(uint16* head, int lane, const Channels& x) {
 #pragma unroll
   for (int i = 0; i < OWN_CHUNKS; i++)
-    reinterpret_cast<uint4*>(head)[lane + i * LANES] = pack_vector<BF16>(x.chunks[i]);
+    reinterpret_cast<uint4*>(head)[own_chunk<VALUE>(lane, i)] = pack_vector<BF16>(x.chunks[i]);
 }
 
 DEVICE void load_chunk(float (&x)[CHUNK], const float* row, int chunk) {
@@ -75,11 +88,13 @@ struct Rotation {
     for (int i = 0; i < OWN_PAIRS; i++) {
       load_chunk(cosines[i], row, lane + i * LANES);
       load_chunk(sines[i], row + HEAD_DIM / 2, lane + i * LANES);
+#pragma unroll
+      for (int j = 0; j < CHUNK; j++) cosines[i][j] *= NORM, sines[i][j] *= NORM;
     }
   }
 };
 
-// Every product and sum is rounded by itself, as the reference's are.
+// Every product and sum is rounded by itself, as the reference's are (but for NORM).
 DEVICE void rotate(Channels& x, const Rotation& rotation) {
 #pragma unroll
   for (int i = 0; i < OWN_PAIRS; i++)
@@ -97,7 +112,7 @@ DEVICE void butterfly(float& a, float& b) {
   b = a - b, a = sum;
 }
 
-// The orthonormal Sylvester matrix: one butterfly per bit of the channel's index.
+// The Sylvester matrix: one butterfly per bit of the channel's index.
 DEVICE void apply_hadamard(Channels& x, int lane) {
 #pragma unroll
   for (int bit = 1; bit < CHUNK; bit *= 2)
@@ -119,8 +134,6 @@ DEVICE void apply_hadamard(Channels& x, int lane) {
     x.each(
         [&](float& value) { value = fmaf(sign, value, __shfl_xor_sync(FULL_WARP, value, bit)); });
   }
-  const float norm = HEAD_DIM == 128 ? 0.08838834764831845f : 0.125f;
-  x.each([&](float& value) { value *= norm; });
 }
 
 DEVICE void subtract(Channels& x, const float* center, int lane) {
@@ -129,7 +142,8 @@ DEVICE void subtract(Channels& x, const float* center, int lane) {
     float values[CHUNK];
     load_chunk(values, center, lane + i * LANES);
 #pragma unroll
-    for (int j = 0; j < CHUNK; j++) x.chunks[i][j] = __fsub_rn(x.chunks[i][j], values[j]);
+    for (int j = 0; j < CHUNK; j++)
+      x.chunks[i][j] = __fsub_rn(x.chunks[i][j], __fmul_rn(values[j], NORM));
   }
 }
 
@@ -206,10 +220,11 @@ DEVICE void store_quantized(uint8* block, int token, int lane, const Channels& x
                             const Grid& grid) {
 #pragma unroll
   for (int i = 0; i < OWN_CHUNKS; i++) {
+    const int chunk = own_chunk<!KEY>(lane, i);
     if (KEY)
-      store_key_chunk(block, token, lane + i * LANES, x.chunks[i], grid);
+      store_key_chunk(block, token, chunk, x.chunks[i], grid);
     else
-      store_value_chunk(block, token, lane + i * LANES, x.chunks[i], grid);
+      store_value_chunk(block, token, chunk, x.chunks[i], grid);
   }
   if (lane == 0)
     *reinterpret_cast<uint32*>(block + scale_offset(!KEY, token)) = grid.scale_and_offset;
@@ -221,7 +236,7 @@ DEVICE void append(const Arguments& arguments, int64 slot, int head, int lane, C
   uint8* block = arguments.pool + (slot / PAGE_TOKENS * KV_HEADS + head) * BLOCK_BYTES;
   if constexpr (BITS == 16) {
     uint8* row = block + (KEY ? key_offset(place, 0) : value_offset(place, 0));
-    if (head < KV_HEADS) store_channels<PAGE_BFLOAT16>(reinterpret_cast<uint16*>(row), lane, x);
+    if (head < KV_HEADS) store_channels<PAGE_BFLOAT16, !KEY>(reinterpret_cast<uint16*>(row), lane, x);
   } else {
     const Grid grid = fit_grid(x);
     if (head < KV_HEADS) store_quantized<KEY>(block, place, lane, x, grid);
@@ -247,8 +262,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Argument
   if (role < 2) rotation.load(arguments.rope_table + arguments.positions[token] * HEAD_DIM, lane);
   wait_for_predecessor();
   Channels x;
-  load_channels(x, arguments.qkv + row * HEAD_DIM, lane);
-  if (role == 2) return append<false>(arguments, slot, head, lane, x);
+  const uint16* source = arguments.qkv + row * HEAD_DIM;
+  if (role == 2) {
+    load_channels<true>(x, source, lane);
+    return append<false>(arguments, slot, head, lane, x);
+  }
+  load_channels<false>(x, source, lane);
   rotate(x, rotation);
   if (CENTERED && role == 1)
     subtract(x, arguments.key_center + min(head, KV_HEADS - 1) * HEAD_DIM, lane);
@@ -256,5 +275,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Argument
   if (role == 1) return append<true>(arguments, slot, head, lane, x);
   if (head >= QUERY_HEADS) return;
   const int64 query = static_cast<int64>(token) * QUERY_HEADS + head;
-  store_channels<BFLOAT16>(arguments.q + query * HEAD_DIM, lane, x);
+  store_channels<BFLOAT16, false>(arguments.q + query * HEAD_DIM, lane, x);
 }
