@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +16,9 @@ pytest.importorskip("cuda.core")
 
 from qserve.formats.activation import quantize_activation
 from qserve.formats.weight import W8Weight
-from qserve.kernels import gemm_cuda, jit, tensor_map
+from qserve.kernels import OpError, gemm_cuda, jit, tensor_map
 from qserve.kernels.gemm_cuda import CudaWeight, pack_blocks
+from qserve.kernels.gemm_norm_cuda import fuses, linear_rms_norm_quantize
 from qserve.kernels.gemm_variants import Policy
 from qserve.kernels.jit import Kernel, KernelError
 from qserve.kernels.tiles import Device, Tile
@@ -115,6 +118,35 @@ def test_a_refused_launch_names_the_kernel(driver: Driver) -> None:
         launch(driver, kernel, (1,), (1,))
 
 
+def int8_weight(rows: int, columns: int) -> CudaWeight:
+    weight = W8Weight.quantize(torch.randn(rows, columns))
+    return CudaWeight(
+        pack_blocks(weight),
+        torch.ones(-(-rows // 128) * 128),
+        None,
+        Policy(bits=8),
+        (rows, columns),
+        Device("x", "sm_90a", 132),
+        torch.zeros(2, dtype=torch.int32),
+    )
+
+
+@contextmanager
+def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """(kernel, device, grid, arguments) of launches that are not made."""
+    seen: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(gemm_cuda, "tensor_map", lambda *_: PARAMETERS)
+        patch.setattr(Kernel, "__call__", lambda self, *call: seen.append((self, *call)))
+        yield seen
+
+
+def assert_packs(kernel: Kernel, arguments: tuple[Any, ...]) -> None:
+    """There are as many arguments as the kernel has parameters, and of those kinds."""
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
+    struct.Struct("".join(kernel.parameter_formats())).pack(*values)
+
+
 @pytest.mark.parametrize(
     ("tile", "tokens", "grid"),
     [
@@ -128,30 +160,56 @@ def test_a_refused_launch_names_the_kernel(driver: Driver) -> None:
 def test_gemm_grids_and_operands(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, tile: Tile, tokens: int, grid: tuple[int, ...]
 ) -> None:
-    weight = W8Weight.quantize(torch.randn(192, 576))
-    prepared = CudaWeight(
-        pack_blocks(weight),
-        torch.ones(256),
-        None,
-        Policy(bits=8),
-        (192, 576),
-        Device("x", "", 132),
-        torch.zeros(2, dtype=torch.int32),
-    )
-    monkeypatch.setattr(gemm_cuda, "tensor_map", lambda *_: PARAMETERS)
-    seen: list[Any] = []
-    monkeypatch.setattr(Kernel, "__call__", lambda self, *call: seen.append((self, *call)))
+    prepared = int8_weight(192, 576)
     x = quantize_activation(torch.randn(tokens, 576))
-    out = prepared.apply_tile(x, None, torch.float16, tile)
+    with recorded_launches(monkeypatch) as seen:
+        out = prepared.apply_tile(x, None, torch.float16, tile)
     ((kernel, _, found_grid, arguments),) = seen
-    formats = "".join(kernel.parameter_formats())
-    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
-    struct.Struct(formats).pack(*values)  # as many, and of those kinds
+    assert_packs(kernel, arguments)
     assert (out.shape, found_grid) == ((tokens, 192), grid)
     operands = (prepared.packed, prepared.scale, None, None, x.scale, x.row_sum)
     first = next(i for i, argument in enumerate(arguments) if argument is prepared.packed)
     assert all(a is b for a, b in zip(arguments[first:], operands, strict=False))
     assert arguments[first + 6 : first + 11] == (tokens, 192, 576, 5, 0)
+
+
+@pytest.mark.parametrize(("tokens", "waiters"), [(1, 1), (33, 32), (200, 66)])
+def test_a_gemm_goes_on_with_a_norm(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, tokens: int, waiters: int
+) -> None:
+    prepared, tile = int8_weight(4096, 128), Tile("small", 128, 64)
+    x = quantize_activation(torch.randn(tokens, 128))
+    residual, gain = torch.randn(tokens, 4096).half(), torch.ones(4096)
+    with recorded_launches(monkeypatch) as seen:
+        out, total = linear_rms_norm_quantize(
+            x, prepared, None, torch.float16, gain, 1e-5, residual, tile
+        )
+    ((kernel, _, grid, arguments),) = seen
+    assert_packs(kernel, arguments)
+    assert kernel.entry == "w4a8_gemm_small_norm" and grid == (32, -(-tokens // 64))
+    fields = (residual, gain, total, 1e-5, out.codes, out.scale, out.row_sum, prepared.counters)
+    assert all(a is b for a, b in zip(arguments[-9:-1], fields, strict=True))
+    assert arguments[-1] == waiters  # rows, blocks, half of the multiprocessors
+
+
+def test_a_norm_goes_with_batches_for_which_it_is_faster() -> None:
+    prepared, narrow = int8_weight(4096, 128), int8_weight(576, 128)
+    x = {tokens: quantize_activation(torch.randn(tokens, 128)) for tokens in (1, 33, 64, 65)}
+    assert [tokens for tokens in x if fuses(x[tokens], prepared)] == [33, 64]
+    assert not fuses(x[64], narrow)
+
+
+def test_a_norm_of_other_sizes_is_refused() -> None:
+    prepared = int8_weight(4096, 128)
+    x = quantize_activation(torch.randn(40, 128))
+    residual, gain = torch.randn(40, 4096).half(), torch.ones(4096)
+    with pytest.raises(OpError, match="norm_weight must have shape"):
+        linear_rms_norm_quantize(x, prepared, None, torch.float16, gain[1:], 1e-5, residual)
+    with pytest.raises(OpError, match=r"residual must be torch\.float16"):
+        linear_rms_norm_quantize(x, prepared, None, torch.float16, gain, 1e-5, residual.float())
+    with pytest.raises(OpError, match="residual must be contiguous"):
+        strided = torch.randn(4096, 40).half().T
+        linear_rms_norm_quantize(x, prepared, None, torch.float16, gain, 1e-5, strided)
 
 
 def test_tensor_maps_pass_sizes_innermost_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,17 +11,17 @@ from qserve.kernels.gemm_cuda import CudaWeight
 from qserve.kernels.gemm_variants import Norm
 from qserve.kernels.tiles import Tile
 
-MOST_TOKENS = 64
-"""Above, two launches are the faster; see docs/kernels.md."""
+TOKENS = range(33, 65)
+"""Batches for which one launch was measured to be the faster; see docs/kernels.md."""
 
-MOST_COLUMNS = 6144
-"""Longer rows would take registers from the multiply."""
+COLUMNS = range(2048, 6145)
+"""Of the norm: blocks meet for too little work in shorter rows, longer ones cost registers."""
 
 
 def fuses(x: QuantizedActivation, weight: PreparedWeight) -> bool:
-    """Whether one launch is no slower than two; needs the Hopper kernel for few tokens."""
+    """Whether one launch is faster than two; needs the Hopper kernel for few tokens."""
     tokens, columns = x.codes.shape[0], weight.shape[0]
-    if not 0 < tokens <= MOST_TOKENS or columns > MOST_COLUMNS:
+    if tokens not in TOKENS or columns not in COLUMNS:
         return False
     return isinstance(weight, CudaWeight) and weight.tile_for(tokens).kind == "small"
 

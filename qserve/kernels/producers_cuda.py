@@ -14,10 +14,6 @@ from qserve.kernels.op import OpError
 VECTOR = 8
 """Elements read at once."""
 
-MOST_EARLY_ROWS = 32
-"""More blocks, started before the GEMM ahead of them has ended, would crowd onto the few
-multiprocessors that it leaves free."""
-
 _PARAMETERS = {
     "rms_norm": "P(3Pf)P",
     "rms_norm_quantize": "P(3Pf)(3P)",
@@ -64,16 +60,14 @@ def quantize_per_token(x: Tensor) -> QuantizedActivation:
 
 
 @cache
-def producer_kernel(
-    op: str, columns: int, bfloat16: bool, float_weight: bool, overlap: bool = True
-) -> Kernel:
+def producer_kernel(op: str, columns: int, bfloat16: bool, float_weight: bool) -> Kernel:
     """The variant of `op` for rows of `columns` elements; float_weight: the norm's is float32."""
     return Kernel(
         "producers.cu",
         op,
         parameters=_PARAMETERS[op],
         threads=row_threads(columns),
-        overlap=overlap,
+        overlap=True,
         constants={"COLUMNS": columns, "THREADS": row_threads(columns), "BFLOAT16": bfloat16},
         generated=norm_weight_source(float_weight),
     )
@@ -98,8 +92,7 @@ def _launch(
         raise OpError(f"{op}: {objection}")
     if x.shape[0]:
         float_weight = weight is not None and weight.dtype == torch.float32
-        overlap = x.shape[0] <= MOST_EARLY_ROWS
-        kernel = producer_kernel(op, columns, x.dtype == torch.bfloat16, float_weight, overlap)
+        kernel = producer_kernel(op, columns, x.dtype == torch.bfloat16, float_weight)
         kernel(x.device, (x.shape[0],), arguments)
 
 

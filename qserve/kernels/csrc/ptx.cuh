@@ -146,15 +146,9 @@ DEVICE void mbarrier_arrive_peer(uint32 barrier, uint32 rank) {
                :: "r"(peer_address(barrier, rank)) : "memory");
 }
 
-DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
 DEVICE void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---- the bulk copy engine of sm_90 -----------------------------------------------------------

@@ -13,15 +13,7 @@ static_assert(THREADS <= FINISHING_THREADS, "a row takes more threads than a blo
 struct Meeting {
   uint32* counters;
   int waiters;
-
-  __device__ __forceinline__ int blocks() const { return gridDim.x * gridDim.y; }
 };
-
-DEVICE uint32 count(uint32* counter) {
-  uint32 before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
 
 DEVICE uint32 load_acquire(const uint32* address) {
   uint32 value;
@@ -33,40 +25,42 @@ DEVICE uint32 load_acquire(const uint32* address) {
 DEVICE int take_place(const Meeting& meeting) {
   __shared__ int place;
   named_barrier(1, FINISHING_THREADS);
-  if (threadIdx.x == 0)
-    place = static_cast<int>(count(meeting.counters)) - (meeting.blocks() - meeting.waiters);
+  if (threadIdx.x == 0) {
+    const int blocks = gridDim.x * gridDim.y;
+    __threadfence();
+    place = static_cast<int>(atomicAdd(meeting.counters, 1)) - (blocks - meeting.waiters);
+  }
   named_barrier(1, FINISHING_THREADS);
   return place;
 }
 
-// Whoever comes last knows that all have come.
-DEVICE void wait_for_all(const Meeting& meeting, int place) {
-  if (place == meeting.waiters - 1) return;
+DEVICE void wait_for_all(const Meeting& meeting) {
   if (threadIdx.x == 0)
-    while (load_acquire(meeting.counters) < meeting.blocks()) {
+    while (load_acquire(meeting.counters) < gridDim.x * gridDim.y) {
     }
   named_barrier(0, THREADS);
 }
 
 // The last to leave makes ready for the next launch.
 DEVICE void leave(const Meeting& meeting) {
-  if (threadIdx.x == 0 && count(meeting.counters + 1) + 1 == meeting.waiters)
+  if (threadIdx.x != 0) return;
+  if (atomicAdd(meeting.counters + 1, 1) + 1 == meeting.waiters)
     meeting.counters[0] = 0, meeting.counters[1] = 0;
 }
 
 // Called by the threads that have stored the tile; there are at least as many rows as waiters.
 DEVICE void finish_rows(const Norm& norm, const Quantized& out, const uint16* x, int rows,
                         const Meeting& meeting) {
-  const int place = take_place(meeting);
-  if (place < 0 || threadIdx.x >= THREADS) return;
+  int row = take_place(meeting);
+  if (row < 0 || threadIdx.x >= THREADS) return;
   NormRow norm_row(norm);
-  norm_row.fetch(place);
-  wait_for_all(meeting, place);
-  for (int row = place; row < rows; row += meeting.waiters) {
-    if (row != place) norm_row.fetch(row);
+  norm_row.fetch(row);
+  wait_for_all(meeting);
+  for (; row < rows; row += meeting.waiters) {
     Values values;
     norm_row.normalize(values, x, row);
     quantize_row(values, out, row);
+    if (row + meeting.waiters < rows) norm_row.fetch(row + meeting.waiters);
   }
   leave(meeting);
 }

@@ -7,5 +7,4 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_MULTIPROC
                          const Meeting meeting) {
   multiply_tile(&token_map, operands, output);
   if (threadIdx.x < CONSUMER_THREADS) finish_rows(norm, out, output, operands.tokens, meeting);
-  await_peers();
 }
