@@ -23,8 +23,9 @@ SURE = {1: -0.1, 2: -3.0}
 
 def test_equal_texts_agree_and_show_the_noise_between_them() -> None:
     agreement = compare([text(SURE, SURE)], [text(SURE, {1: -0.11, 2: -2.95})])
-    assert math.isclose(agreement.noise, 0.05)
-    assert (agreement.steps, agreement.divergences, agreement.all_ties) == (2, (), True)
+    assert math.isclose(agreement.noise, 0.05) and math.isclose(agreement.typical, 0.005)
+    assert (agreement.steps, agreement.divergences) == (2, ())
+    assert agreement.are_ties_within(0.0)
 
 
 def test_a_divergence_is_a_tie_only_within_the_noise_of_both_candidates() -> None:
@@ -32,9 +33,9 @@ def test_a_divergence_is_a_tie_only_within_the_noise_of_both_candidates() -> Non
     close = compare([text(SURE, {1: -0.68, 2: -0.70}, SURE)], [noisy])
     assert (close.steps, close.divergences[0].step) == (1, 1)
     assert math.isclose(close.divergences[0].gap, 0.02) and math.isclose(close.noise, 0.02)
-    assert close.all_ties
+    assert close.are_ties_within(close.noise) and not close.are_ties_within(0.009)
     wide = compare([text(SURE, {1: -0.65, 2: -0.70}, SURE)], [noisy])
-    assert not wide.all_ties
+    assert not wide.are_ties_within(wide.noise)
 
 
 def test_what_follows_a_divergence_does_not_count_as_noise() -> None:
@@ -45,4 +46,4 @@ def test_what_follows_a_divergence_does_not_count_as_noise() -> None:
 
 def test_a_token_that_the_reference_does_not_consider_is_no_tie() -> None:
     agreement = compare([text(SURE)], [text({7: -0.1, 1: -0.2})])
-    assert agreement.divergences[0].gap == math.inf and not agreement.all_ties
+    assert agreement.divergences[0].gap == math.inf and not agreement.are_ties_within(9.0)

@@ -15,10 +15,11 @@ from qserve.benchmark.dummy import DummySource
 from qserve.benchmark.throughput import add_requests, random_prompts
 from qserve.config import ConfigError, EngineConfig
 from qserve.engine.engine import Engine
+from qserve.engine.llm import Completion
 from qserve.engine.request import RequestError, SamplingParams
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.models.source import WeightSource, open_source
-from qserve.testing.agreement import compare, greedy
+from qserve.testing.agreement import Agreement, compare, greedy
 from qserve.testing.tiny import MemorySource, quantized_source, tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -117,6 +118,19 @@ def _free_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
+@cache
+def cpu_texts(dtype: str) -> list[Completion]:
+    engine = smollm2_engine(device="cpu", dtype=dtype, max_num_sequences=20)
+    return greedy(engine, smollm2_prompts()[: len(OPENINGS)], 64)
+
+
+@cache
+def rounding() -> Agreement:
+    """What activations of another width alone do on the CPU: rounding moves values across the
+    borders of 8-bit and 4-bit codes, and the layers above enlarge it."""
+    return compare(cpu_texts("float32"), cpu_texts("float16"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -136,26 +150,29 @@ def test_tokens_agree_in_other_chunks_but_for_ties(settings: dict[str, int]) -> 
     engine = smollm2_engine(**(whole | settings))
     agreement = compare(reference, greedy(engine, smollm2_prompts(), 128))
     print(agreement)
-    assert (engine.stats.preemptions > 0) == ("num_pages" in settings)
-    assert agreement.all_ties and agreement.noise < 0.5
+    preempted = engine.stats.preemptions
+    assert (preempted > 0) == ("num_pages" in settings)
+    assert len(agreement.divergences) <= (preempted or 10)
+    assert agreement.are_ties_within(rounding().noise)
 
 
-def test_tokens_agree_after_prefix_hits_but_for_ties() -> None:
+def test_tokens_are_the_same_after_prefix_hits() -> None:
     engine = smollm2_engine(max_batched_tokens=1 << 15, max_num_sequences=200)
     reference = greedy(engine, smollm2_prompts(), 128)
     cached = engine.stats.cached_tokens
     agreement = compare(reference, greedy(engine, smollm2_prompts(), 128))
     print(agreement)
-    assert engine.stats.cached_tokens > max(cached, 3000)
-    assert agreement.all_ties and agreement.noise < 0.5
+    assert engine.stats.cached_tokens > max(2 * cached, 3000)
+    assert not agreement.divergences
 
 
-def test_the_real_model_generates_the_cpus_tokens_but_for_ties() -> None:
-    prompts = smollm2_prompts()[: len(OPENINGS)]
-    expected = greedy(smollm2_engine(device="cpu", max_num_sequences=20), prompts, 64)
-    agreement = compare(expected, greedy(smollm2_engine(max_num_sequences=20), prompts, 64))
-    print(agreement)
-    assert agreement.all_ties and agreement.noise < 0.5
+def test_the_real_model_differs_from_the_cpu_by_no_more_than_rounding() -> None:
+    engine = smollm2_engine(max_num_sequences=len(OPENINGS))
+    texts = greedy(engine, smollm2_prompts()[: len(OPENINGS)], 64)
+    agreement = compare(cpu_texts("float32"), texts)
+    print("GPU:", agreement, "CPU in float16:", rounding(), sep="\n")
+    assert agreement.typical < 1.3 * rounding().typical
+    assert agreement.are_ties_within(rounding().noise)
 
 
 def test_out_of_pages_the_earliest_still_advance_and_all_end() -> None:
@@ -191,8 +208,8 @@ def test_what_cannot_fit_is_refused_and_the_engine_goes_on() -> None:
     with pytest.raises(RequestError, match="at most 512"):
         engine.add_request("long", [1] * 600, SamplingParams())
     assert len(greedy(engine, [[1] * 500], 12)[0].token_ids) == 12
-    with pytest.raises(ConfigError, match="memory"):
+    with pytest.raises(ConfigError, match=r"num_pages .* are free"):
         middling_engine(num_pages=1 << 28)
-    with pytest.raises(ConfigError, match="available"):
+    with pytest.raises(ConfigError, match=r"a page .* are left"):
         middling_engine(num_pages=None, gpu_memory_utilization=1e-9)
     assert len(greedy(engine, [[1] * 500], 12)[0].token_ids) == 12

@@ -440,3 +440,8 @@ def test_llm_refuses_all_prompts_if_one_is_bad(llm: LLM) -> None:
 def test_a_bad_setting_is_one_error_that_names_it(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         EngineConfig(**settings)
+
+
+def test_more_pages_than_the_memory_holds_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_pages \d+ take \d+ bytes, but only \d+ are free"):
+        make_engine(num_pages=1 << 40)

@@ -62,7 +62,13 @@ def choose_num_pages(
 def allocate_pools(
     kv_format: KVFormat, num_layers: int, num_pages: int, device: torch.device
 ) -> Tensor:
-    """uint8 [L, pages, Hkv, block_bytes], not initialised: no byte is read before it is written."""
+    """uint8 [L, pages, Hkv, block_bytes], not initialised: no byte is read before it is written.
+
+    Raises ConfigError if they do not fit.
+    """
+    needed, free = num_layers * num_pages * kv_format.page_bytes, free_bytes(device)
+    if needed > free:
+        raise ConfigError(f"num_pages {num_pages} take {needed} bytes, but only {free} are free")
     shape = (num_layers, num_pages, kv_format.num_kv_heads, kv_format.block_bytes)
     return torch.empty(shape, dtype=torch.uint8, device=device)
 
@@ -70,7 +76,8 @@ def allocate_pools(
 def free_bytes(device: torch.device) -> int:
     """Memory of the device, or of the host for the CPU, that can still be taken."""
     if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

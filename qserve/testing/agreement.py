@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from statistics import median
 
 from qserve.engine.engine import Engine
 from qserve.engine.llm import Completion
 from qserve.engine.request import SamplingParams, TokenLogprob
 
-NUM_TOP = 5
+NUM_TOP = 20
+"""Candidates whose log probabilities are compared at each step."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,25 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Agreement:
-    """noise: the largest difference of a token's log probability between the two, over all steps
-    before texts part. steps: how many those are."""
+    """steps: those before texts part. typical, noise: the median and the largest difference of a
+    candidate's log probability between the two, over these steps."""
 
     texts: int
     steps: int
+    typical: float
     noise: float
     divergences: tuple[Divergence, ...]
 
-    @property
-    def all_ties(self) -> bool:
-        """Whether rounding explains every divergence: it moves both of two candidates."""
-        return all(divergence.gap <= 2 * self.noise for divergence in self.divergences)
+    def are_ties_within(self, noise: float) -> bool:
+        """Whether noise of this size explains every divergence: it moves both of two candidates."""
+        return all(divergence.gap <= 2 * noise for divergence in self.divergences)
 
     def __str__(self) -> str:
         gaps = ", ".join(f"{d.gap:.4f} at step {d.step}" for d in self.divergences)
         return (
             f"{self.texts - len(self.divergences)} of {self.texts} texts agree ({self.steps} steps "
-            f"alike), noise {self.noise:.5f}; gaps where they part: {gaps or 'none'}"
+            f"alike), noise {self.typical:.5f}, at most {self.noise:.5f}; "
+            f"gaps where they part: {gaps or 'none'}"
         )
 
 
@@ -66,21 +69,24 @@ def greedy(engine: Engine, prompts: Sequence[list[int]], max_tokens: int) -> lis
 
 def compare(reference: Sequence[Completion], other: Sequence[Completion]) -> Agreement:
     """Of the same prompts, both with log probabilities."""
-    noise, steps, divergences = 0.0, 0, []
+    steps, differences, divergences = 0, [], []
     for index, (ours, theirs) in enumerate(zip(reference, other, strict=True)):
         scores = list(zip(ours.logprobs or (), theirs.logprobs or (), strict=True))
         alike = len(list(takewhile(lambda pair: pair[0].token_id == pair[1].token_id, scores)))
         steps += alike
-        noise = max([noise, *(_difference(*pair) for pair in scores[:alike])])
+        differences += [value for pair in scores[:alike] for value in _differences(*pair)]
         if alike < len(scores):
             divergences.append(Divergence(index, alike, _gap(*scores[alike])))
-    return Agreement(len(reference), steps, noise, tuple(divergences))
+    differences = differences or [0.0]
+    return Agreement(
+        len(reference), steps, median(differences), max(differences), tuple(divergences)
+    )
 
 
-def _difference(ours: TokenLogprob, theirs: TokenLogprob) -> float:
-    """The largest, of the tokens that both know."""
+def _differences(ours: TokenLogprob, theirs: TokenLogprob) -> list[float]:
+    """Of the candidates that both know."""
     known = dict(theirs.top)
-    return max((abs(value - known[t]) for t, value in ours.top if t in known), default=0.0)
+    return [abs(value - known[token]) for token, value in ours.top if token in known]
 
 
 def _gap(ours: TokenLogprob, theirs: TokenLogprob) -> float:
