@@ -102,6 +102,8 @@ class StopMatcher:
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that is final, the stop string found or None); nothing may be fed after a stop."""
+        if not self._stops:
+            return text, None
         text = self._held + text
         found = [
             (text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text
