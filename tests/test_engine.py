@@ -374,6 +374,12 @@ def test_the_largest_steps_are_tried_before_the_cache_is_sized() -> None:
     assert shapes == [1, 2, 4, 8, 16, 20, 16, 32, 64, 128, 187, 20]
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:1"])
+def test_a_device_that_cannot_be_used_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=device):
+        Engine.from_source(tiny_source(tiny_config()), EngineConfig(device=device))
+
+
 def test_weights_that_do_not_fit_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> Decoder:
         raise torch.OutOfMemoryError("CUDA out of memory")

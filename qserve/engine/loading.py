@@ -65,9 +65,12 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is unknown") from error
+    if resolved.index:  # streams and graphs are those of a thread's current device, the first
+        raise ConfigError(f"device {device!r}: name a GPU by CUDA_VISIBLE_DEVICES, not by number")
+    return resolved
 
 
 def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
