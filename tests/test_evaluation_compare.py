@@ -155,7 +155,13 @@ def test_bad_studies_are_refused_before_any_work(
 
 
 def rows() -> list[Row]:
-    common = {"group_size": 64, "kv_bits": 4, "activation_bits": 8, "bytes": 90_500_000}
+    common = {
+        "weight_bits": 4,
+        "group_size": 64,
+        "kv_bits": 4,
+        "activation_bits": 8,
+        "bytes": 90_500_000,
+    }
     common |= {"kl_divergence": 0.25, "top1_agreement": 0.75, "output_sqnr_db": (20.0, 15.0)}
     values = [("rtn", 0, 33.0), ("qoq", 0, 27.0), ("qoq", 1, 28.0)]
     return [Row(name, seed, perplexity=value, **common) for name, seed, value in values]  # type: ignore
@@ -166,9 +172,20 @@ def test_table_and_files(tmp_path: Path) -> None:
     lines = list(comparison_lines(comparison))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
     assert cells[2:] == [
-        ["unquantized", "", "16", "16", "23.500", "", "270.0", "", ""],
-        ["qoq", "64", "8", "4", "27.500 (27.000 - 28.000)", "+4.000", "90.5", "0.2500", "75.00%"],
-        ["rtn", "64", "8", "4", "33.000", "+9.500", "90.5", "0.2500", "75.00%"],
+        ["unquantized", "16", "", "16", "16", "23.500", "", "270.0", "", ""],
+        [
+            "qoq",
+            "4",
+            "64",
+            "8",
+            "4",
+            "27.500 (27.000 - 28.000)",
+            "+4.000",
+            "90.5",
+            "0.2500",
+            "75.00%",
+        ],
+        ["rtn", "4", "64", "8", "4", "33.000", "+9.500", "90.5", "0.2500", "75.00%"],
     ]
     assert len({len(line) for line in lines if "|" in line}) == 1, "columns align"
     write_comparison(comparison, tmp_path)

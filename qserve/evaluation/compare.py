@@ -67,6 +67,7 @@ class Row:
 
     recipe: str
     seed: int
+    weight_bits: int
     group_size: int
     kv_bits: int
     activation_bits: int
@@ -135,7 +136,8 @@ class _Run:
             yield Row(
                 recipe=recipe.name,
                 seed=seed,
-                group_size=size,
+                weight_bits=recipe.weight_bits,
+                group_size=size if recipe.weight_bits == 4 else -1,
                 kv_bits=kv,
                 activation_bits=activations,
                 perplexity=perplexity,

@@ -35,10 +35,21 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     yield "to most. KL divergence and likeliest tokens: the checkpoint with its own formats against"
     yield "the original."
     yield ""
-    header = ("recipe", "group", "A", "KV", "perplexity", "over unquantized", "MB", "KL", "top-1")
+    header = (
+        "recipe",
+        "W",
+        "group",
+        "A",
+        "KV",
+        "perplexity",
+        "over unquantized",
+        "MB",
+        "KL",
+        "top-1",
+    )
     groups = sorted(by_format(comparison.rows), key=lambda rows: _mean(rows, "perplexity"))
     size = f"{comparison.unquantized_bytes / 1e6:.1f}"
-    first = ["unquantized", "", "16", "16", f"{comparison.unquantized:.3f}", "", size, "", ""]
+    first = ["unquantized", "16", "", "16", "16", f"{comparison.unquantized:.3f}", "", size, "", ""]
     yield from markdown_table(
         header, [first, *(_comparison_cells(rows, comparison) for rows in groups)]
     )
@@ -59,6 +70,7 @@ def _comparison_cells(rows: Sequence[Row], comparison: Comparison) -> list[str]:
     spread = f" ({min(values):.3f} - {max(values):.3f})" if len(rows) > 1 else ""
     return [
         row.recipe,
+        str(row.weight_bits),
         "channel" if row.group_size == -1 else str(row.group_size),
         str(row.activation_bits),
         str(row.kv_bits),
