@@ -57,7 +57,8 @@ Rows = list[Row]
 ROWS_AT_ONCE = 128
 """Rows worked on at a time, which bounds the memory that a step takes."""
 
-SHARE_BITS = 32
+SHARE_BITS = 31
+"""Of the integers that stand for probabilities, which fit int32: top-p reads them once per bit."""
 
 _GOLDEN_RATIO = -0x61C8864680B583EB  # odd, and its multiples spread evenly over 64 bits
 
@@ -153,18 +154,18 @@ def _keep_to_grammar(logits: Tensor, rows: Rows) -> Tensor:
 def _draw(logits: Tensor, rows: Rows) -> Tensor:
     """Draw from what the filters leave, by inverting the cumulative distribution.
 
-    Probabilities become integers, in units of 2^-32: their sums do not depend on the order in which
-    a device adds them, and so neither do the filters' borders nor the tokens.
+    Probabilities become integers, in units of 1 / (2^31 - 1): their sums do not depend on the order
+    in which a device adds them, and so neither do the filters' borders nor the tokens.
     """
     temperature = _column([row.params.temperature for row in rows], logits)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     logits = _on_rows(logits, logits, rows, lambda row: row.params.top_k > 0, _keep_top_k)
-    shares = (logits.softmax(dim=-1).double() * 2**SHARE_BITS).round().long()
+    shares = (logits.softmax(dim=-1).double() * (2**SHARE_BITS - 1)).round().int()
     shares = _on_rows(shares, shares, rows, lambda row: row.params.top_p < 1, _keep_top_p)
     shares = _on_rows(shares, shares, rows, lambda row: row.params.min_p > 0, _keep_min_p)
     seeds = to_device([row.sequence.seed for row in rows], logits.device)
     positions = to_device([row.num_tokens for row in rows], logits.device)
-    cumulative = shares.cumsum(dim=-1)
+    cumulative = shares.cumsum(dim=-1, dtype=torch.int64)
     threshold = (uniform(seeds, positions)[:, None] * cumulative[:, -1:]).long()
     drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     return drawn.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers, any token
@@ -185,8 +186,8 @@ def _keep_top_p(shares: Tensor, rows: Rows) -> Tensor:
     """
     top_p = _column([row.params.top_p for row in rows], shares, torch.float64)
     enough = (top_p * shares.sum(dim=-1, keepdim=True)).ceil().long()
-    least = torch.zeros_like(enough)
-    for bit in range(SHARE_BITS, -1, -1):
+    least = torch.zeros_like(enough, dtype=shares.dtype)
+    for bit in range(SHARE_BITS - 1, -1, -1):
         candidate = least + 2**bit
         mass = torch.where(shares >= candidate, shares, 0).sum(dim=-1, keepdim=True)
         least = torch.where(mass >= enough, candidate, least)
@@ -196,7 +197,7 @@ def _keep_top_p(shares: Tensor, rows: Rows) -> Tensor:
 def _keep_min_p(shares: Tensor, rows: Rows) -> Tensor:
     """Bar what is less than min_p times as likely as the likeliest token."""
     min_p = _column([row.params.min_p for row in rows], shares, torch.float64)
-    least = (min_p * shares.amax(dim=-1, keepdim=True)).ceil().long()
+    least = (min_p * shares.amax(dim=-1, keepdim=True)).ceil().int()
     return shares.masked_fill(shares < least, 0)
 
 
