@@ -46,6 +46,7 @@ class Device:
     texts: dict[Sequence, list[int]] = field(default_factory=dict)
 
     def run(self, plan: StepPlan) -> list[int]:
+        self.check_prefetch(plan)
         for chunk in plan.chunks:
             assert chunk.start + chunk.length < chunk.sequence.max_length
             text = self.texts.setdefault(chunk.sequence, list(chunk.sequence.token_ids))
@@ -53,6 +54,17 @@ class Device:
             for position in range(chunk.start, chunk.start + chunk.length):
                 self.slots[self.slot(chunk.sequence, position)] = tuple(text[: position + 1])
         return [self.sample(sequence) for sequence in plan.sampled]
+
+    def check_prefetch(self, plan: StepPlan) -> None:
+        """A chunk of one token fetches all pages but its newest before the step writes any."""
+        written = {
+            chunk.sequence.pages[position // PAGE_SIZE]
+            for chunk in plan.chunks
+            for position in range(chunk.start, chunk.end)
+        }
+        for chunk in plan.chunks:
+            if chunk.length == 1:
+                assert written.isdisjoint(chunk.sequence.pages[: chunk.start // PAGE_SIZE])
 
     def sample(self, sequence: Sequence) -> int:
         text = self.texts[sequence]

@@ -52,12 +52,10 @@ class Scheduler:
 
     First come, first served: the pages for all of a prompt are taken on admission, and no one is
     admitted past one who waits, nor while a prompt is still cut by the budget. So at most one
-    prompt
-    is unfinished at a time, it is the last of those that run, and no decode ever waits for it. When
-    a running sequence finds no page for its next token, the
-    latest
-    arrival gives up its pages and recomputes them later, so the earliest always advances: no one
-    starves, and nothing deadlocks, since every sequence admitted fits the cache when it is alone.
+    prompt is unfinished at a time, it is the last of those that run, and no decode ever waits for
+    it. When a running sequence finds no page for its next token, the latest arrival gives up its
+    pages and recomputes them later, so the earliest always advances: no one starves, and nothing
+    deadlocks, since every sequence admitted fits the cache when it is alone.
     """
 
     def __init__(
@@ -74,6 +72,7 @@ class Scheduler:
         self._prefix_caching = prefix_caching
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
+        self._completed: set[int] = set()  # pages that the step being planned fills and publishes
         self.max_length = min(max_model_len, pool.num_pages * pool.page_size + 1)
         self.num_preemptions = 0
 
@@ -103,10 +102,11 @@ class Scheduler:
         """Plan the next step, as if every step planned before it had run."""
         chunks: list[ScheduledChunk] = []
         budget = self._max_batched_tokens
+        self._completed.clear()
         self._grow_running()
         for sequence in self._running:
             budget -= self._plan_chunk(sequence, budget, chunks)
-        while budget > 0 and self._admit_next():
+        while budget > 0 and self._admit_next(budget):
             budget -= self._plan_chunk(self._running[-1], budget, chunks)
         return StepPlan(tuple(chunks))
 
@@ -162,14 +162,13 @@ class Scheduler:
     def _num_missing_pages(self, sequence: Sequence) -> int:
         return self._pool.pages_for(sequence.num_tokens_to_hold) - len(sequence.pages)
 
-    def _admit_next(self) -> bool:
-        """Move the first who waits to the running, with pages for all its tokens, if they are
-        free."""
+    def _admit_next(self, budget: int) -> bool:
+        """Move the first who waits to the running, with pages for all its tokens, if it can start."""
         if not self._waiting or len(self._running) == self._max_num_sequences:
             return False
         sequence = self._waiting[0]
         self._take_cached_pages(sequence)
-        if self._num_missing_pages(sequence) > self._pool.num_free:
+        if self._must_wait(sequence, budget):
             self._release_pages(sequence)
             return False
         for _ in range(self._num_missing_pages(sequence)):
@@ -179,6 +178,14 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         self._running.append(self._waiting.popleft())
         return True
+
+    def _must_wait(self, sequence: Sequence, budget: int) -> bool:
+        """There are not enough pages, or it has one token to compute that would read pages of this
+        very step: kernels for single tokens fetch older pages before the step writes its own."""
+        if self._num_missing_pages(sequence) > self._pool.num_free:
+            return True
+        is_single = min(sequence.num_uncomputed_tokens, budget) == 1
+        return is_single and not self._completed.isdisjoint(sequence.pages)
 
     def _take_cached_pages(self, sequence: Sequence) -> None:
         """Start from pages that hold the sequence's beginning; its last token is always
@@ -207,6 +214,7 @@ class Scheduler:
             page = sequence.pages[index]
             sequence.prefix = self._pool.publish(page, sequence.prefix, sequence.token_ids, index)
             sequence.num_published_pages = index + 1
+            self._completed.add(page)
 
     def _preempt_latest(self) -> None:
         sequence = self._running.pop()
