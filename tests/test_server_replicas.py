@@ -8,20 +8,25 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from server_helpers import metric, refusal, wait_until
 
+from qserve.engine.engine import EngineStats
 from qserve.engine.llm import LLM
 from qserve.engine.request import SamplingParams
+from qserve.server.shared_engine import StepTotals, UnavailableError
 from qserve.testing.http import serve_in_process
 from qserve.testing.tiny import save_tiny_model, tiny_config
 
 pytest.importorskip("ray.serve")
+
+from qserve.server.replicas import ReplicatedEngine, Report
 
 CLIENTS = 12
 TOKENS = 150
@@ -86,6 +91,27 @@ def stream(http: httpx.Client, prompt: str) -> tuple[str, str | None]:
             error = event.get("error", {}).get("message")
             text += "" if error else event["choices"][0]["text"]
     return text, error
+
+
+def test_sums_over_replicas_that_come_and_go() -> None:
+    """Before the first report all is well; counts of one that is gone stay, its state does not."""
+    engine = ReplicatedEngine(SimpleNamespace(options=lambda **_: None), max_requests=5)
+    stats = EngineStats(*range(1, 1 + len(fields(EngineStats))))
+    one, two = (Report(name, stats, StepTotals(3, 0.5)) for name in "ab")
+    engine._take_reports([])
+    engine.check_ready()
+    engine._take_reports([one, two])
+    assert engine.stats.running == 2 * stats.running
+    assert engine.stats.generated_tokens == 2 * stats.generated_tokens
+    engine._take_reports([two])
+    assert engine.stats.running == stats.running and engine.stats.pages_total == stats.pages_total
+    assert engine.stats.generated_tokens == 2 * stats.generated_tokens
+    assert engine.step_totals == StepTotals(6, 1.0)
+    engine._take_reports([])
+    with pytest.raises(UnavailableError, match="no replica"):
+        engine.check_ready()
+    engine._take_reports([two])
+    engine.check_ready()
 
 
 @pytest.mark.slow

@@ -207,7 +207,8 @@ class ReplicatedEngine(SharedEngine):
         return [report for report in reports if isinstance(report, Report)]
 
     def _take_reports(self, reports: Sequence[Report]) -> None:
-        self._are_gone = not reports
+        # A new handle knows no replica for a moment, though all are ready.
+        self._are_gone = not reports and bool(self._reports)
         gone = {i: replace(r, stats=_ended(r.stats)) for i, r in self._reports.items()}
         self._reports = gone | {report.replica_id: report for report in reports}
 
