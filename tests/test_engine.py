@@ -224,6 +224,19 @@ def test_tokens_survive_preemption_in_every_cache_format(kv_bits: int) -> None:
         assert results[str(number)][0].token_ids == expected_tokens(prompt, params, kv_bits)
 
 
+def test_steps_over_pages_of_16_bits_are_not_recorded() -> None:
+    recorded = []
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(work)
+        return do_twice(work)
+
+    for kv_bits, count in ((16, 0), (4, 3)):
+        engine = make_engine(replace(AHEAD, capture=record), kv_bits=kv_bits, max_num_sequences=4)
+        assert len(recorded) == count
+        assert run_one(engine, PROMPTS[1], PARAMS[2]).token_ids == expected_tokens(1, 2, kv_bits)
+
+
 def test_a_prefix_hit_changes_what_is_computed_but_not_the_tokens() -> None:
     engine = make_engine()
     cached = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -115,6 +116,22 @@ def test_logits_are_the_same_bits_alone_and_among_256(length: int) -> None:
         params = replace(PARAMS[0], max_tokens=10 + index % 50)
         engine.add_request(str(index), prompt(index, 5 + 3 * index), params)
     assert torch.equal(logits_of(engine, length), alone)
+
+
+def test_a_row_of_the_head_is_the_same_bits_in_any_batch() -> None:
+    head = decoder().lm_head
+    hidden = torch.randn(600, 4096, device="cuda", dtype=torch.float16)
+    whole = head(hidden)
+    torch.testing.assert_close(whole, hidden @ head.weight.T)
+    for rows in (1, 2, 16, 17, 64, 65, 130, 200, 256, 257, 300):
+        out = head.empty(rows).fill_(math.nan)
+        assert torch.equal(head(hidden[:rows], out), whole[:rows])
+
+
+def test_pages_of_16_bits_are_served() -> None:
+    engine = make_engine(kv_bits=16, num_pages=300)
+    add_mixed_requests(engine)
+    assert len(run_all(engine)) == 60
 
 
 def test_requests_are_aborted_while_their_step_runs() -> None:

@@ -15,7 +15,7 @@ from qserve.kernels.paged import PagedBatch
 from qserve.models.attention import DenseAttention, PagedAttention
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.decoder import Decoder
-from qserve.models.layers import FloatLinear, QuantizedLinear, float_linear
+from qserve.models.layers import FloatLinear, Head, QuantizedLinear, float_linear
 from qserve.models.loader import load_decoder, load_layer
 from qserve.models.rope import rope_table
 from qserve.models.source import open_source
@@ -275,6 +275,18 @@ def test_a_row_of_a_float_linear_does_not_depend_on_its_neighbours(dtype: torch.
     for rows in (1, 2, 3, 16, 17, 33):
         parts = [float_linear(part, weight, bias) for part in x.split(rows)]
         assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_row_of_the_head_does_not_depend_on_its_neighbours_or_its_memory() -> None:
+    head = Head(torch.randn(192, 320), row_blocks=(4, 16))
+    x = torch.randn(70, 320)
+    torch.testing.assert_close(head(x), x @ head.weight.T)
+    for rows in (0, 1, 4, 5, 16, 17, 37):
+        out = head.empty(rows).fill_(torch.nan)
+        assert head(x[:rows], out).data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out[:rows], x[:rows] @ head.weight.T)
+    with pytest.raises(ValueError, match="out has 32 rows"):
+        head(x, head.empty(30))
 
 
 def test_float_linear_of_no_rows() -> None:

@@ -41,7 +41,9 @@ def fit_runner(
             reserved = _bytes_of_steps(trial, limits, policy)
             num_pages = choose_num_pages(config, limits, page_bytes, reserved, decoder.device)
         cache = CacheShape(kv_format, num_pages, hadamard)
-        runner = ModelRunner(decoder, cache, limits, policy.capture)
+        # The library's attention, which reads pages of 16 bits, must be told each step's lengths.
+        capture = None if kv_format.bits == 16 else policy.capture
+        runner = ModelRunner(decoder, cache, limits, capture)
         runner.warm_up()
         return runner
     except torch.OutOfMemoryError as error:

@@ -147,6 +147,8 @@ class Head:
     def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [n, H] -> [n, V], in `out` of `empty` if given."""
         out = self.empty(len(hidden)) if out is None else out
+        if len(out) < self._whole_blocks(len(hidden)):
+            raise ValueError(f"out has {len(out)} rows, too few for logits of {len(hidden)}")
         start = 0
         while start < len(hidden):
             rows = hidden[start : start + self.row_blocks[-1]]
@@ -158,8 +160,11 @@ class Head:
 
     def empty(self, rows: int) -> Tensor:
         """Memory for the logits of so many rows or fewer."""
+        return self.weight.new_empty(self._whole_blocks(rows), len(self.weight))
+
+    def _whole_blocks(self, rows: int) -> int:
         most = self.row_blocks[-1]
-        return self.weight.new_empty(-(-rows // most) * most, len(self.weight))
+        return -(-rows // most) * most
 
 
 @dataclass(frozen=True)
