@@ -11,8 +11,8 @@ from qserve.engine.engine import Engine
 from qserve.engine.llm import Completion
 from qserve.engine.request import SamplingParams, TokenLogprob
 
-NUM_TOP = 20
-"""Candidates whose log probabilities are compared at each step."""
+NUM_TOP = 100
+"""Candidates whose log probabilities are compared at each step; a flat distribution has many."""
 
 
 @dataclass(frozen=True)
