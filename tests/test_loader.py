@@ -24,7 +24,7 @@ from qserve.models.layers import FloatLinear
 from qserve.models.loader import load_decoder
 from qserve.models.names import layer_prefix, layer_shapes, tensor_shapes
 from qserve.models.rope import llama3_multipliers, unscaled_frequencies
-from qserve.models.source import WeightSource, open_source
+from qserve.models.source import WeightSource, fingerprint, open_source
 from qserve.models.tokenizer import load_gguf_tokenizer, load_tokenizer
 from qserve.testing.tiny import (
     MemorySource,
@@ -496,3 +496,11 @@ def test_smollm2_tokenizer(tmp_path: Path) -> None:
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.weight", "model.norm.weight"])
+def test_a_fingerprint_tells_models_apart_that_share_an_embedding(name: str) -> None:
+    source, other = tiny_source(), tiny_source()
+    assert fingerprint(source) == fingerprint(other)
+    other.tensors[name] = other.tensors[name] + 1
+    assert fingerprint(source) != fingerprint(other)

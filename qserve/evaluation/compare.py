@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from qserve.config import EngineConfig
@@ -26,7 +25,7 @@ from qserve.evaluation.perplexity import WINDOW_LENGTH, Perplexity, measure_perp
 from qserve.evaluation.sequences import EvaluatedModel
 from qserve.evaluation.text import text_windows
 from qserve.models import names
-from qserve.models.source import WeightSource
+from qserve.models.source import WeightSource, fingerprint
 from qserve.quant.calibrate import calibration_text
 from qserve.quant.pipeline import GroupSize, quantize, resolve_group_size
 from qserve.quant.recipe import Recipe
@@ -205,14 +204,7 @@ class _Run:
 
     @cached_property
     def _model_key(self) -> str:
-        """Changes with config.json and any of a few tensors, first and last ones among them."""
-        source = self.study.source
-        layers = (0, source.config.num_layers - 1)
-        sample = [names.layer_prefix(index) + f"{names.DOWN[0]}.weight" for index in layers]
-        digest = hashlib.sha256(json.dumps(source.hf_config, sort_keys=True, default=str).encode())
-        for name in (names.EMBEDDING, names.FINAL_NORM, *sample):
-            digest.update(source.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.study.source)
 
     @cached_property
     def _text_key(self) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import pickle
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qserve.models.config import ModelConfig, ModelError, token_ids
 from qserve.models.gguf_source import GGUFSource
+from qserve.models.names import layer_prefix
 from qserve.models.tokenizer import load_tokenizer
 
 SMOLLM2_ALIAS = "smollm2-135m"
@@ -73,6 +75,18 @@ def open_source(model: str) -> WeightSource:
     if model == SMOLLM2_ALIAS:
         return GGUFSource(_packaged_smollm2())
     return DirectorySource(_download(model))
+
+
+def fingerprint(source: WeightSource) -> str:
+    """A digest of the configuration and of a sample of the tensors: those outside of the layers and
+    those of the first and last layer."""
+    inner = tuple(layer_prefix(index) for index in range(1, source.config.num_layers - 1))
+    digest = hashlib.sha256(json.dumps(source.hf_config, sort_keys=True, default=str).encode())
+    for name in sorted(source.names()):
+        if not name.startswith(inner):
+            tensor = source.tensor(name).contiguous()
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _packaged_smollm2() -> Path:

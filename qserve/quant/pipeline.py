@@ -7,7 +7,6 @@ killed goes on from there and ends in the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from qserve.formats.layout import GROUP_SIZES, WEIGHT_ALIGNMENT
 from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.loader import check_names
-from qserve.models.source import WeightSource
+from qserve.models.source import WeightSource, fingerprint
 from qserve.quant.calibrate import Layer, calibration_text, calibration_windows, read_layer
 from qserve.quant.layer import LayerQuantizer, QuantizedLayer, Streams
 from qserve.quant.recipe import Recipe, RecipeError, find_recipe
@@ -110,12 +109,9 @@ class _Job:
 
     def fingerprint(self) -> str:
         """Of all that the checkpoint's bytes depend on."""
-        embedding = self.source.tensor(names.EMBEDDING).contiguous().view(torch.uint8)
-        digest = hashlib.sha256(embedding.numpy().tobytes())
-        what = (self.recipe, self.group_size, self.windows.tolist(), self.device.type)
-        digest.update(repr(what).encode())
-        digest.update(json.dumps(self.source.hf_config, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
+        model = fingerprint(self.source)
+        what = (model, self.recipe, self.group_size, self.windows.tolist(), self.device.type)
+        return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def run(self, writer: CheckpointWriter, progress: Progress) -> None:
         source = self._in_best_basis(progress)
