@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -151,20 +150,8 @@ class SequenceScorer:
 def whole_sequences(lengths: Sequence[int], device: torch.device) -> PagedBatch:
     """All tokens of sequences of these lengths in one step, on pages in order."""
     pages = [_pages(length) for length in lengths]
-    first_pages = [0, *accumulate(pages)][:-1]
-    positions = [torch.arange(length) for length in lengths]
-    slots = [where + page * PAGE_TOKENS for where, page in zip(positions, first_pages, strict=True)]
     table = pad_sequence(list(torch.arange(sum(pages)).split(pages)), batch_first=True)
-    return PagedBatch(
-        positions=torch.cat(positions).to(device),
-        slots=torch.cat(slots).to(device),
-        query_start=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-        context_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
-        page_table=table.int().to(device),
-        max_query_len=max(lengths),
-        max_context_len=max(lengths),
-        lengths=tuple((length, length) for length in lengths),
-    )
+    return PagedBatch.of_lengths(lengths, lengths, table, device)
 
 
 def _pages(length: int) -> int:

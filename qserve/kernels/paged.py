@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qserve.formats.kv import KVFormat
+from qserve.formats.layout import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,35 @@ class PagedBatch:
     max_context_len: int
     lengths: tuple[tuple[int, int], ...] | None = None
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of_lengths(
+        cls,
+        queries: Sequence[int],
+        contexts: Sequence[int],
+        page_table: Tensor,
+        device: torch.device | str,
+    ) -> PagedBatch:
+        """Sequences whose last `queries` of `contexts` tokens are the batch's; page_table as above,
+        on the host."""
+        positions = [
+            torch.arange(context - count, context)
+            for context, count in zip(contexts, queries, strict=True)
+        ]
+        slots = [
+            pages[where // PAGE_TOKENS] * PAGE_TOKENS + where % PAGE_TOKENS
+            for pages, where in zip(page_table.long(), positions, strict=True)
+        ]
+        return cls(
+            positions=torch.cat(positions).to(device),
+            slots=torch.cat(slots).to(device),
+            query_start=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+            page_table=page_table.int().to(device),
+            max_query_len=max(queries),
+            max_context_len=max(contexts),
+            lengths=tuple(zip(queries, contexts, strict=True)),
+        )
 
 
 @dataclass(frozen=True)

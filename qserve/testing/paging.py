@@ -31,23 +31,7 @@ def random_batch(
     starts = [0, *accumulate(map(pages_of, contexts))]
     for row, context in enumerate(contexts):
         table[row, : pages_of(context)] = pages[starts[row] : starts[row + 1]]
-    positions = [
-        torch.arange(context - count, context)
-        for context, count in zip(contexts, queries, strict=True)
-    ]
-    slots = [
-        table[row, where // PAGE_TOKENS] * PAGE_TOKENS + where % PAGE_TOKENS
-        for row, where in enumerate(positions)
-    ]
-    return PagedBatch(
-        positions=torch.cat(positions).to(device),
-        slots=torch.cat(slots).to(device),
-        query_start=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
-        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
-        page_table=table.int().to(device),
-        max_query_len=max(queries),
-        max_context_len=max(contexts),
-    )
+    return PagedBatch.of_lengths(queries, contexts, table, device)
 
 
 def random_pool(kv_format: KVFormat, num_pages: int, device: torch.device | str = "cpu") -> Tensor:
