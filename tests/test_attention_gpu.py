@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def check(
     expected = attention_in_double(q, batch, pool, kv_format, dim**-0.5, window)
     assert out.dtype == dtype
     assert relative_errors(out, expected).max() < limit
-    from_device = replace(batch, lengths=None, derived={})
+    from_device = dataclasses.replace(batch, lengths=None, derived={})
     assert torch.equal(out, paged_attention(q, from_device, pool, kv_format, dim**-0.5, window))
     quantized = paged_attention_quantize(q, batch, pool, kv_format, dim**-0.5, window)
     assert_equal(quantized, quantize_per_token(out))
