@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-
 import pytest
 import torch
 
