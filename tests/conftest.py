@@ -1,9 +1,19 @@
-"""Shared fixtures: seeds, and the `gpu` mark that skips where there is no device."""
+"""Shared fixtures: seeds, the `gpu` mark that skips where there is no device, and a server.
+
+What a server needs is imported when a test asks for one: GPU tests run without it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    import httpx
+    import openai
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    """A client of a server whose engine repeats prompts."""
+    from server_helpers import serving, stub_engine
+
+    with serving(stub_engine()) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def client(http: httpx.Client) -> openai.OpenAI:
+    """OpenAI's own client of the same server."""
+    from server_helpers import openai_client
+
+    return openai_client(http)

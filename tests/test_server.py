@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,7 +11,6 @@ import pytest
 from server_helpers import (
     HELLO,
     metric,
-    openai_client,
     serving,
     stub_engine,
 )
@@ -28,17 +26,6 @@ HELLO_PROMPT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 def repeated(text: str, num_tokens: int) -> str:
     """What the stub answers to a text of one-byte characters."""
     return (text * num_tokens)[:num_tokens]
-
-
-@pytest.fixture(scope="module")
-def http() -> Iterator[httpx.Client]:
-    with serving(stub_engine()) as http:
-        yield http
-
-
-@pytest.fixture(scope="module")
-def client(http: httpx.Client) -> openai.OpenAI:
-    return openai_client(http)
 
 
 def test_chat(client: openai.OpenAI) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,6 @@ from server_helpers import (
     HELLO,
     MILLION,
     metric,
-    openai_client,
     refusal,
     serving,
     stub_engine,
@@ -27,17 +25,6 @@ from qserve.server.protocol import ChatCompletionRequest, CompletionRequest
 from qserve.testing.tiny import tiny_tokenizer
 
 endpoints = pytest.mark.parametrize("path", ENDPOINTS)
-
-
-@pytest.fixture(scope="module")
-def http() -> Iterator[httpx.Client]:
-    with serving(stub_engine()) as http:
-        yield http
-
-
-@pytest.fixture(scope="module")
-def client(http: httpx.Client) -> openai.OpenAI:
-    return openai_client(http)
 
 
 @endpoints

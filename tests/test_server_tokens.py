@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,12 +11,6 @@ from hypothesis import strategies as st
 from server_helpers import HELLO, MILLION, refusal, serving, stub_engine
 
 from qserve.testing.tiny import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def http() -> Iterator[httpx.Client]:
-    with serving(stub_engine()) as http:
-        yield http
 
 
 def test_tokens_of_a_text_and_of_a_conversation(http: httpx.Client) -> None:
