@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ pytest.importorskip("ray.serve")
 from qserve.server.replicas import ReplicatedEngine, Report
 
 CLIENTS = 12
-TOKENS = 150
+TOKENS = 400
 PROMPTS = [f"client {index} asks for a story" for index in range(CLIENTS)]
 LOST = "the replica that served the request has ended"
 
@@ -76,10 +77,12 @@ def _title(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
 
 
-def stream(http: httpx.Client, prompt: str) -> tuple[str, str | None]:
+def stream(
+    http: httpx.Client, prompt: str, has_begun: Callable[[], object] = lambda: None
+) -> tuple[str, str | None]:
     """The text that came, and the error that ended it, if one did."""
     body = {"prompt": prompt, "stream": True, **sampling(prompt)}
-    text, error = "", None
+    text, error, is_first = "", None, True
     with http.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
@@ -87,6 +90,9 @@ def stream(http: httpx.Client, prompt: str) -> tuple[str, str | None]:
         for line in filter(None, response.iter_lines()):
             if line == "data: [DONE]":
                 return text, None
+            if is_first:
+                has_begun()
+            is_first = False
             event = json.loads(line.removeprefix("data: "))
             error = event.get("error", {}).get("message")
             text += "" if error else event["choices"][0]["text"]
@@ -140,11 +146,13 @@ def test_one_killed_under_load(server: Replicated) -> None:
     """
     first, second = server.replicas()
     expected = [server.expected(prompt) for prompt in PROMPTS]
+    wait_until(lambda: metric(server.http, "vllm:generation_tokens_total") > 0)
     pages = metric(server.http, "qserve:kv_cache_pages")
     counted = metric(server.http, "vllm:generation_tokens_total")
     with ThreadPoolExecutor(CLIENTS) as pool:
-        begun = [pool.submit(stream, server.http, prompt) for prompt in PROMPTS]
-        wait_until(lambda: metric(server.http, "vllm:num_requests_running") > CLIENTS / 2)
+        all_begun = Barrier(CLIENTS + 1, timeout=20)
+        begun = [pool.submit(stream, server.http, prompt, all_begun.wait) for prompt in PROMPTS]
+        all_begun.wait()
         os.kill(first, signal.SIGKILL)
         ended = [future.result() for future in begun]
         later = [

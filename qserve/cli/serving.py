@@ -140,8 +140,9 @@ def run_server(
     scheme = "http" if config.tls_certificate is None else "https"
     console.print(f"serving {name} at {scheme}://{host}:{port}/v1", highlight=False)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn catches these while it serves and raises them again when it has ended.
-        signal.signal(number, lambda *_: None)
+        # uvicorn catches these while it serves and raises them again when it has ended; one that
+        # comes before it serves is not lost.
+        signal.signal(number, lambda *_: engine.drain())
     options = uvicorn.Config(
         application,
         log_level="warning",

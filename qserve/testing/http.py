@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 
 import uvicorn
@@ -43,12 +43,24 @@ def serve_in_process(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
     )
     try:
-        yield process, _announced_url(process)
+        url = _announced_url(process)
+        _wait_until_listening(url)
+        yield process, url
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, "the server did not end well"
     finally:
         process.kill()
         process.communicate()
+
+
+def _wait_until_listening(url: str) -> None:
+    """The address is announced when it is taken, which is before it listens."""
+    host, port = url.split("/")[2].rsplit(":", 1)
+    while True:
+        with suppress(ConnectionRefusedError):
+            socket.create_connection((host, int(port))).close()
+            return
+        time.sleep(0.02)
 
 
 def _announced_url(process: subprocess.Popen[str]) -> str:
