@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -35,8 +36,6 @@ from qserve.server.shared_engine import (
     StepTotals,
     UnavailableError,
 )
-
-APPLICATION = "qserve"
 
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
@@ -120,7 +119,8 @@ def start_replicas(load: Callable[[], ServedEngine], count: int) -> DeploymentHa
         logging_config=LOGGING,
     )
     serve.start(proxy_location="Disabled", logging_config=LOGGING)
-    return serve.run(deployment.bind(load), name=APPLICATION, route_prefix=None)
+    name = f"qserve-{uuid.uuid4().hex}"  # servers that share a cluster keep their own replicas
+    return serve.run(deployment.bind(load), name=name, route_prefix=None)
 
 
 class ReplicatedEngine(SharedEngine):
@@ -162,7 +162,7 @@ class ReplicatedEngine(SharedEngine):
         self._watch.cancel()
         self._fail_all(UnavailableError("the server is shutting down"))
         await asyncio.gather(*self._relays.values(), return_exceptions=True)
-        await asyncio.to_thread(serve.delete, APPLICATION)
+        await asyncio.to_thread(serve.delete, self._handle.app_name)
 
     def _begin(
         self, stream: OutputStream, prompts: Sequence[list[int]], params: SamplingParams
