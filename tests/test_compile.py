@@ -20,6 +20,7 @@ from qserve.kernels.compile import (
     Resources,
     attention_variants,
     compile_kernels,
+    draw_variants,
     inspect,
     norm_variants,
     producer_variants,
@@ -62,8 +63,9 @@ def test_gemms_with_a_norm_compile_soundly() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_producers_and_attention_compile_without_spills(arch: str) -> None:
-    require_sound(inspect(producer_variants() + attention_variants(arch), arch))
+def test_all_other_kernels_compile_without_spills(arch: str) -> None:
+    kernels = producer_variants() + attention_variants(arch) + draw_variants()
+    require_sound(inspect(kernels, arch))
 
 
 def test_an_unknown_arch_is_refused() -> None:

@@ -379,7 +379,8 @@ def test_the_largest_steps_are_tried_before_the_cache_is_sized() -> None:
     shapes = []
 
     def prepare(steps: Iterable[Callable[[], object]]) -> None:
-        outputs = [step() for step in steps]
+        *outputs, drawn = [step() for step in steps]
+        assert [len(tokens) for tokens in drawn] == [1, 1]  # type: ignore[attr-defined]
         shapes.extend(len(output.hidden) for output in outputs)  # type: ignore[attr-defined]
 
     limits = {"max_num_sequences": 20, "max_batched_tokens": 200, "max_model_len": 150}

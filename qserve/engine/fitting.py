@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from qserve.config import ConfigError, EngineConfig
 from qserve.engine.device import DevicePolicy, StepLimits
@@ -13,10 +14,11 @@ from qserve.engine.graphs import batch_sizes
 from qserve.engine.kv_cache import CacheShape, choose_num_pages
 from qserve.engine.request import SamplingParams
 from qserve.engine.runner import ModelRunner
-from qserve.engine.sampler import Row, Sampler
+from qserve.engine.sampler import Row, Sampler, pack_draws
 from qserve.engine.scheduler import ScheduledChunk, StepPlan
 from qserve.engine.sequence import Sequence
 from qserve.formats.kv import KVFormat
+from qserve.kernels.draw import draw_tokens
 from qserve.models.decoder import Decoder
 
 _EVERYTHING = SamplingParams(temperature=0.5, top_k=9, top_p=0.5, min_p=0.1, presence_penalty=1)
@@ -34,7 +36,8 @@ def fit_runner(
     try:
         trial = partial(ModelRunner, decoder, CacheShape(kv_format, 1, hadamard), limits)
         if policy.prepare is not None:
-            policy.prepare(map(partial(partial, trial().run), _typical_steps(limits)))
+            steps = map(partial(partial, trial().run), _typical_steps(limits))
+            policy.prepare((*steps, partial(_draw_each_way, decoder, limits)))
         num_pages = config.num_pages
         if num_pages is None:
             page_bytes = decoder.config.num_layers * kv_format.page_bytes
@@ -67,6 +70,13 @@ def _try(trial: Callable[[], ModelRunner], plan: StepPlan) -> None:
     """A runner's work on a step, and choosing its tokens in every way there is."""
     rows = [Row(chunk.sequence, chunk.end) for chunk in plan.chunks]
     Sampler().sample(trial().run(plan).logits, rows)
+
+
+def _draw_each_way(decoder: Decoder, limits: StepLimits) -> list[Tensor]:
+    """A token from logits as the decoder gives them, and as they are adjusted."""
+    logits, rows = decoder.empty_logits(1)[:1], [Row(_chunk(1, 1, limits).sequence, 1)]
+    draws = pack_draws(rows, logits)
+    return [draw_tokens(logits, draws), draw_tokens(logits.float(), draws)]
 
 
 def _largest_steps(limits: StepLimits) -> Iterator[StepPlan]:

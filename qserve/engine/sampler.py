@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qserve.engine.request import SamplingParams
 from qserve.engine.sequence import Sequence
 from qserve.engine.token_counts import TokenCounts
 from qserve.engine.transfer import to_device
+from qserve.kernels.draw import DRAW, draw_tokens
 
 
 class Row(NamedTuple):
@@ -45,22 +47,18 @@ class Row(NamedTuple):
         return additive or params.repetition_penalty != 1
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it takes the likeliest token, whatever that is."""
-        params = self.params
-        as_they_are = params.temperature == 0 and not params.logit_bias and not self.has_penalties
-        return as_they_are and not self.must_go_on and self.sequence.guide is None
+    def is_adjusted(self) -> bool:
+        """Whether its logits change before a token is drawn."""
+        guided = self.sequence.guide is not None
+        return guided or self.has_penalties or bool(self.params.logit_bias) or self.must_go_on
 
 
 Rows = list[Row]
 
 ROWS_AT_ONCE = 128
-"""Rows worked on at a time, which bounds the memory that a step takes."""
+"""Rows whose logits are adjusted at a time, which bounds the memory that a step takes."""
 
-SHARE_BITS = 31
-"""Of the integers that stand for probabilities, which fit int32: top-p reads them once per bit."""
-
-_GOLDEN_RATIO = -0x61C8864680B583EB  # odd, and its multiples spread evenly over 64 bits
+_GOLDEN_RATIO = numpy.uint64(0x9E3779B97F4A7C15)  # its multiples spread evenly over 64 bits
 
 
 class Sampler:
@@ -75,24 +73,21 @@ class Sampler:
 
         Order as in SamplingParams. A sequence's tokens must all come from here, in order.
         """
-        token_ids = logits.argmax(dim=-1)
-        chosen = [index for index, row in enumerate(rows) if not row.is_plain]
-        for start in range(0, len(chosen), ROWS_AT_ONCE):
-            part = chosen[start : start + ROWS_AT_ONCE]
-            index = to_device(part, logits.device)
-            token_ids[index] = self._choose(logits[index].float(), [rows[i] for i in part])
-        return token_ids
+        if not any(row.is_adjusted for row in rows):
+            return draw_tokens(logits, pack_draws(rows, logits))
+        starts = range(0, len(rows), ROWS_AT_ONCE)
+        parts = (slice(start, start + ROWS_AT_ONCE) for start in starts)
+        return torch.cat([self._adjust_and_draw(logits[part], rows[part]) for part in parts])
 
-    def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
-        logits = _on_rows(logits, logits, rows, lambda row: row.has_penalties, self._penalize)
-        logits = _on_rows(logits, logits, rows, lambda row: bool(row.params.logit_bias), _add_bias)
-        logits = _on_rows(logits, logits, rows, lambda row: row.must_go_on, _bar_end_tokens)
+    def _adjust_and_draw(self, logits: Tensor, rows: Rows) -> Tensor:
+        logits = logits.float()
+        logits = _on_rows(logits, rows, lambda row: row.has_penalties, self._penalize)
+        logits = _on_rows(logits, rows, lambda row: bool(row.params.logit_bias), _add_bias)
+        logits = _on_rows(logits, rows, lambda row: row.must_go_on, _bar_end_tokens)
         logits = _on_rows(
-            logits, logits, rows, lambda row: row.sequence.guide is not None, _keep_to_grammar
+            logits, rows, lambda row: row.sequence.guide is not None, _keep_to_grammar
         )
-        token_ids = _on_rows(
-            logits.argmax(dim=-1), logits, rows, lambda row: row.params.temperature > 0, _draw
-        )
+        token_ids = draw_tokens(logits, pack_draws(rows, logits))
         self._count(token_ids, rows)
         return token_ids
 
@@ -112,19 +107,18 @@ class Sampler:
 
 
 def _on_rows(
-    default: Tensor,
-    values: Tensor,
+    logits: Tensor,
     rows: Rows,
     applies: Callable[[Row], bool],
     transform: Callable[[Tensor, Rows], Tensor],
 ) -> Tensor:
-    """`default` [B, ...], with transform(values, rows) in place of the rows to which it applies."""
+    """The logits [B, V], with transform(logits, rows) in place of the rows to which it applies."""
     selected = [index for index, row in enumerate(rows) if applies(row)]
     if not selected:
-        return default
-    index = to_device(selected, values.device)
-    changed = transform(values[index], [rows[i] for i in selected])
-    return default.index_copy(0, index, changed)
+        return logits
+    index = to_device(selected, logits.device)
+    changed = transform(logits[index], [rows[i] for i in selected])
+    return logits.index_copy(0, index, changed)
 
 
 def _add_bias(logits: Tensor, rows: Rows) -> Tensor:
@@ -151,75 +145,38 @@ def _keep_to_grammar(logits: Tensor, rows: Rows) -> Tensor:
     return logits.masked_fill(allowed == 0, -math.inf)
 
 
-def _draw(logits: Tensor, rows: Rows) -> Tensor:
-    """Draw from what the filters leave, by inverting the cumulative distribution.
-
-    Probabilities become integers, in units of 1 / (2^31 - 1): their sums do not depend on the order
-    in which a device adds them, and so neither do the filters' borders nor the tokens.
-    """
-    temperature = _column([row.params.temperature for row in rows], logits)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    logits = _on_rows(logits, logits, rows, lambda row: row.params.top_k > 0, _keep_top_k)
-    shares = (logits.softmax(dim=-1).double() * (2**SHARE_BITS - 1)).round().int()
-    shares = _on_rows(shares, shares, rows, lambda row: row.params.top_p < 1, _keep_top_p)
-    shares = _on_rows(shares, shares, rows, lambda row: row.params.min_p > 0, _keep_min_p)
-    seeds = to_device([row.sequence.seed for row in rows], logits.device)
-    positions = to_device([row.num_tokens for row in rows], logits.device)
-    cumulative = shares.cumsum(dim=-1, dtype=torch.int64)
-    threshold = (uniform(seeds, positions)[:, None] * cumulative[:, -1:]).long()
-    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return drawn.clamp(max=logits.shape[1] - 1)  # of logits that are not numbers, any token
+def pack_draws(rows: Rows, logits: Tensor) -> Tensor:
+    """How the rows' tokens are drawn from logits [B, V]: a `DRAW` each, in one upload."""
+    seeds = numpy.array([row.sequence.seed for row in rows], numpy.int64)
+    positions = numpy.array([row.num_tokens for row in rows], numpy.uint64)
+    noise = uniform(seeds.view(numpy.uint64), positions).tolist()
+    params, vocab_size = [row.params for row in rows], logits.shape[1]
+    draws = [
+        (x, p.top_p, p.min_p, p.temperature, min(p.top_k, vocab_size))
+        for x, p in zip(noise, params, strict=True)
+    ]
+    table = numpy.array(draws, DRAW).view(numpy.uint8).reshape(len(rows), DRAW.itemsize)
+    return to_device(table, logits.device, torch.uint8)
 
 
-def _keep_top_k(logits: Tensor, rows: Rows) -> Tensor:
-    """Bar what is less likely than the k-th likeliest; those as likely as it all stay."""
-    top_k = [min(row.params.top_k, logits.shape[1]) for row in rows]
-    best = logits.topk(max(top_k), dim=-1).values
-    least = best.gather(1, to_device(top_k, logits.device)[:, None] - 1)
-    return logits.masked_fill(logits < least, -math.inf)
-
-
-def _keep_top_p(shares: Tensor, rows: Rows) -> Tensor:
-    """Bar what is less likely than the last of the smallest set of likeliest tokens holding top_p.
-
-    That share is found bit by bit, as the largest one that still leaves enough.
-    """
-    top_p = _column([row.params.top_p for row in rows], shares, torch.float64)
-    enough = (top_p * shares.sum(dim=-1, keepdim=True)).ceil().long()
-    least = torch.zeros_like(enough, dtype=shares.dtype)
-    for bit in range(SHARE_BITS - 1, -1, -1):
-        candidate = least + 2**bit
-        mass = torch.where(shares >= candidate, shares, 0).sum(dim=-1, keepdim=True)
-        least = torch.where(mass >= enough, candidate, least)
-    return shares.masked_fill(shares < least, 0)
-
-
-def _keep_min_p(shares: Tensor, rows: Rows) -> Tensor:
-    """Bar what is less than min_p times as likely as the likeliest token."""
-    min_p = _column([row.params.min_p for row in rows], shares, torch.float64)
-    least = (min_p * shares.amax(dim=-1, keepdim=True)).ceil().int()
-    return shares.masked_fill(shares < least, 0)
-
-
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """float64 in [0, 1) from int64 pairs: SplitMix64 (Steele, Lea, Flood 2014) as a hash, twice."""
+def uniform(
+    seeds: NDArray[numpy.uint64], positions: NDArray[numpy.uint64]
+) -> NDArray[numpy.float64]:
+    """In [0, 1), of pairs [B]: SplitMix64 (Steele, Lea, Flood 2014) as a hash, twice."""
     bits = _mix(_mix(seeds) + positions * _GOLDEN_RATIO)
-    return _shift_right(bits, 12).double() * 2.0**-52
+    noise: NDArray[numpy.float64] = (bits >> numpy.uint64(12)) * 2.0**-52
+    return noise
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 on int64, whose products wrap."""
+def _mix(x: NDArray[numpy.uint64]) -> NDArray[numpy.uint64]:
+    """The finalizer of SplitMix64, whose products wrap."""
     x = x + _GOLDEN_RATIO
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift_right(x, 31)
+    x = (x ^ (x >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> numpy.uint64(31))
+    return x
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Of an unsigned number: the sign does not come along."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[B, 1] on the device of `like`: one value per row."""
-    return to_device(values, like.device, dtype)[:, None]
+def _column(values: list[float], like: Tensor) -> Tensor:
+    """float32 [B, 1] on the device of `like`: one value per row."""
+    return to_device(values, like.device, torch.float32)[:, None]

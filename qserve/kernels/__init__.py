@@ -1,6 +1,7 @@
 """Ops: contract, reference and launcher in one file each. The tensors' device chooses."""
 
 from qserve.kernels.attention import paged_attention, paged_attention_quantize
+from qserve.kernels.draw import draw_tokens
 from qserve.kernels.fused import (
     quantize_per_token,
     rms_norm,
@@ -22,6 +23,7 @@ __all__ = [
     "OpError",
     "PagedBatch",
     "PreparedWeight",
+    "draw_tokens",
     "paged_attention",
     "paged_attention_quantize",
     "prepare_weight",

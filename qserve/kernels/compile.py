@@ -12,9 +12,11 @@ import torch
 
 from qserve.formats.kv import KVFormat
 from qserve.kernels.decode_cuda import DecodeShape, combine_kernel, decode_kernel, plan_kernel
+from qserve.kernels.draw_cuda import draw_kernel
 from qserve.kernels.gemm_variants import Norm, Policy, gemm_kernel
 from qserve.kernels.jit import Build, Kernel, KernelError, build_all
 from qserve.kernels.kv_append_cuda import AppendShape, append_kernel
+from qserve.kernels.op import FLOAT_DTYPES
 from qserve.kernels.prefill_cuda import gather_kernel
 from qserve.kernels.producers_cuda import PRODUCERS, producer_kernel
 from qserve.kernels.round_columns_cuda import round_columns_kernel
@@ -109,6 +111,11 @@ def attention_variants(arch: str) -> list[Kernel]:
     return kernels
 
 
+def draw_variants() -> list[Kernel]:
+    """Drawing tokens from logits of every type."""
+    return [draw_kernel(dtype) for dtype in FLOAT_DTYPES]
+
+
 def all_variants(arch: str) -> list[Kernel]:
     """Every kernel variant of an architecture."""
     return [
@@ -116,6 +123,7 @@ def all_variants(arch: str) -> list[Kernel]:
         *norm_variants(arch),
         *producer_variants(),
         *attention_variants(arch),
+        *draw_variants(),
         round_columns_kernel(),
     ]
 

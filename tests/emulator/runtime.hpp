@@ -153,10 +153,14 @@ T from_word(unsigned word) {
 
 template <class T>
 T shuffle(const char* operation, T value, unsigned source) {
-  const Words operands = {to_word(value), source};
-  return from_word<T>(warp_wide(operation, operands, [](const Lanes& lanes, int lane) {
-    return Words{lanes[lanes[lane][1] % 32][0]};
-  })[0]);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  Words operands = {source};
+  std::memcpy(&operands[1], &value, sizeof(T));
+  const Words result = warp_wide(operation, operands, [](const Lanes& lanes, int lane) {
+    return lanes[lanes[lane][0] % 32];
+  });
+  std::memcpy(&value, &result[1], sizeof(T));
+  return value;
 }
 
 inline unsigned shared_offset(const void* pointer) {
@@ -265,14 +269,15 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
-inline int __float2int_rn(float a) { return std::nearbyint(a); }
+inline int __float2int_rn(float a) { return std::isnan(a) ? 0 : std::nearbyint(a); }
 
 template <class T>
 T __ldg(const T* address) {
   return *address;
 }
 
-inline int atomicAdd(int* address, int value) {
+template <class T>
+T atomicAdd(T* address, T value) {
   *address += value;
   return *address - value;
 }
