@@ -1,101 +1,184 @@
-"""What streaming over HTTP costs: an engine's own tokens per second beside those that clients get.
+"""What the host does for each token, and what of an engine's pace clients get through HTTP.
 
-The engine is a stub that emits a fixed number of tokens per second; server and clients are two
-processes on one machine, so two free CPU cores are needed for a fair number.
+The engine is the house's own, with a real tokenizer, over a device that only takes time: it makes so
+many tokens per second at most. Server and clients are processes of one machine, so it takes as many
+free CPU cores for a fair number; the CPU time of each thread depends on that less.
 
-    python benchmarks/server_overhead.py
+    python benchmarks/server_overhead.py TOKENIZER [--clients 512] [--tokens-per-second 25000]
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import gc
 import json
 import multiprocessing
+import selectors
+import socket
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
 
 from qserve.engine.request import SamplingParams
 from qserve.server.app import create_app
 from qserve.server.async_engine import AsyncEngine
 from qserve.testing.http import serve_in_thread
-from qserve.testing.stub_engine import StubEngine
-from qserve.testing.tiny import tiny_tokenizer
+from qserve.testing.paced_engine import PacedEngine
 
-MARK = b'"index":'
-"""Once in each token's event."""
+TEXT = Path(__file__).parent.parent / "docs" / "engine.md"
+"""What the engine writes."""
 
-PROMPT = "The quick brown fox jumps over the lazy dog. "
-
-
-def stub(requests: int, tokens_per_second: float) -> StubEngine:
-    return StubEngine(tiny_tokenizer(), requests / tokens_per_second, max_running=requests)
+PROMPT_TOKENS = 100
+END = b"data: [DONE]\n\n"
 
 
-def engine_seconds(requests: int, tokens: int, tokens_per_second: float) -> float:
-    """Wall time of the requests without a server."""
-    engine = stub(requests, tokens_per_second)
-    params = SamplingParams(max_tokens=tokens)
-    start = time.perf_counter()
-    for index in range(requests):
-        engine.add_request(str(index), engine.tokenizer.encode(PROMPT), params)
+def paced_engine(options: argparse.Namespace) -> PacedEngine:
+    torch.set_num_threads(1)
+    step_seconds = options.clients / options.tokens_per_second
+    return PacedEngine(options.tokenizer, TEXT.read_text(), step_seconds, options.clients)
+
+
+def prompt(client: int) -> list[int]:
+    """Begins with the place in the text from which the answer comes."""
+    return [7 * client] + [0] * (PROMPT_TOKENS - 1)
+
+
+@dataclass
+class Measured:
+    """Wall time, and the CPU time of the thread that steps and of all others of its process."""
+
+    seconds: float
+    engine_cpu: float
+    other_cpu: float
+
+    def __sub__(self, other: Measured) -> Measured:
+        return Measured(
+            self.seconds - other.seconds,
+            self.engine_cpu - other.engine_cpu,
+            self.other_cpu - other.other_cpu,
+        )
+
+    @classmethod
+    def now(cls, engine: PacedEngine) -> Measured:
+        thread = engine.thread_seconds
+        return cls(time.perf_counter(), thread, time.process_time() - thread)
+
+
+def measure_alone(options: argparse.Namespace) -> Measured:
+    """The requests without a server."""
+    engine = paced_engine(options)
+    params = SamplingParams(max_tokens=options.tokens, ignore_eos=True, temperature=0)
+    gc.freeze()
+    start = Measured.now(engine)
+    for client in range(options.clients):
+        engine.add_request(str(client), prompt(client), params)
     while engine.has_unfinished:
         engine.step()
-    return time.perf_counter() - start
+    return Measured.now(engine) - start
 
 
-def serve(pipe: Connection, requests: int, tokens_per_second: float) -> None:
-    """The server's process: sends its address, ends when it is sent anything."""
-    engine = stub(requests, tokens_per_second)
-    app = create_app(AsyncEngine(engine, 2 * requests), engine.tokenizer, "stub")
+def serve(pipe: Connection, options: argparse.Namespace) -> None:
+    """The server's process: sends its address, then what it has measured whenever it is asked."""
+    engine = paced_engine(options)
+    app = create_app(AsyncEngine(engine, options.clients), engine.tokenizer, "paced")
+    gc.freeze()
     with serve_in_thread(app) as url:
-        pipe.send(url.rsplit(":", 1)[1])
-        pipe.recv()
+        pipe.send(int(url.rsplit(":", 1)[1]))
+        while pipe.recv():
+            pipe.send(Measured.now(engine))
 
 
-async def stream(port: int, tokens: int) -> int:
-    """One request over a bare socket; the number of tokens that came."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps({"prompt": PROMPT, "max_tokens": tokens, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-    writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-    events, data = 0, b""
-    while b"[DONE]" not in data:
-        data = data[1 - len(MARK) :] + await reader.read(1 << 16)
-        assert not reader.at_eof(), "the server has hung up"
-        events += data.count(MARK)
-    writer.close()
-    return events
+@dataclass
+class Client:
+    """One request over a bare socket."""
+
+    connection: socket.socket
+    received: list[bytes] = field(default_factory=list)
+
+    def read(self) -> bool:
+        """Take what there is; whether that was the end."""
+        data = self.connection.recv(1 << 18)
+        assert data, "the server has hung up"
+        self.received.append(data)
+        return END in b"".join(self.received[-2:])
+
+    @property
+    def events(self) -> Iterator[dict[str, object]]:
+        for line in b"".join(self.received).split(b"\n"):
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
 
 
-async def served_seconds(port: int, requests: int, tokens: int) -> float:
-    start = time.perf_counter()
-    counts = await asyncio.gather(*(stream(port, tokens) for _ in range(requests)))
-    assert sum(counts) == requests * tokens, f"{sum(counts)} events for {requests * tokens} tokens"
-    return time.perf_counter() - start
+def ask(port: int, client: int, tokens: int, path: str) -> Client:
+    body = {"max_tokens": tokens, "stream": True, "ignore_eos": True, "temperature": 0}
+    body |= {"prompt": prompt(client), "stream_options": {"include_usage": True}}
+    sent = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(sent)}\r\n"
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + sent)
+    return Client(connection)
+
+
+def stream_all(port: int, clients: int, tokens: int) -> Sequence[Client]:
+    """All clients at the same time, until each has the whole of its answer."""
+    selector = selectors.DefaultSelector()
+    asked = [ask(port, client, tokens, "/v1/completions") for client in range(clients)]
+    for client in asked:
+        selector.register(client.connection, selectors.EVENT_READ, client)
+    while selector.get_map():
+        for key, _ in selector.select():
+            if key.data.read():
+                selector.unregister(key.fileobj)
+                key.data.connection.close()
+    return asked
+
+
+def check(clients: Sequence[Client], engine: PacedEngine, tokens: int) -> int:
+    """That each got its text, token for token; the number of events that brought them."""
+    num_events = 0
+    for index, client in enumerate(clients):
+        *parts, usage = client.events
+        text = "".join(part["choices"][0]["text"] for part in parts)
+        given = engine.tokens(prompt(index)[0], tokens)
+        assert text == engine.tokenizer.decode(given), f"client {index} got another text"
+        assert usage["usage"]["completion_tokens"] == tokens
+        num_events += len(parts)
+    return num_events
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=1000)
-    parser.add_argument("--tokens-per-second", type=float, default=10_000)
+    parser.add_argument("tokenizer", type=Path, help="a directory that holds one")
+    parser.add_argument("--clients", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--tokens-per-second", type=float, default=25_000)
     options = parser.parse_args()
     ours, theirs = multiprocessing.Pipe()
-    arguments = (theirs, options.requests, options.tokens_per_second)
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve, args=(theirs, options))
     process.start()
-    port = int(ours.recv())
-    asyncio.run(served_seconds(port, options.requests, 10))
-    served = asyncio.run(served_seconds(port, options.requests, options.tokens))
-    ours.send("end")
+    port = ours.recv()
+    stream_all(port, options.clients, 10)
+    ours.send(True)
+    start, start_cpu = ours.recv(), time.process_time()
+    clients = stream_all(port, options.clients, options.tokens)
+    ours.send(True)
+    clients_cpu, served = time.process_time() - start_cpu, ours.recv() - start
+    ours.send(False)
     process.join()
-    alone = engine_seconds(options.requests, options.tokens, options.tokens_per_second)
-    total = options.requests * options.tokens
-    print(f"engine alone   {total / alone:9,.0f} tokens/s")
-    print(
-        f"through HTTP   {total / served:9,.0f} tokens/s, {100 * (served / alone - 1):.1f} % slower"
-    )
+    alone = measure_alone(options)
+    total = options.clients * options.tokens
+    events = check(clients, paced_engine(options), options.tokens)
+    for name, m in (("engine alone", alone), ("through HTTP", served)):
+        print(
+            f"{name:14} {total / m.seconds:8,.0f} tokens/s; CPU time per token: engine "
+            f"{1e6 * m.engine_cpu / total:5.1f} us, rest {1e6 * m.other_cpu / total:5.1f} us"
+        )
+    print(f"clients: {1e6 * clients_cpu / total:.1f} us; {total / events:.2f} tokens an event")
 
 
 if __name__ == "__main__":

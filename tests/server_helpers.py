@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +72,18 @@ def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def repeated(text: str, num_tokens: int) -> str:
+    """What the stub answers to a text of one-byte characters."""
+    return (text * num_tokens)[:num_tokens]
+
+
+def streamed_text(lines: Iterable[str]) -> str:
+    """What the events of a completion's stream, which must have come to its end, bring together."""
+    *events, end = [line.removeprefix("data: ") for line in lines if line]
+    assert end == "[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
 
 @contextmanager

@@ -25,8 +25,10 @@ from server_helpers import (
     endless_stream,
     metric,
     refusal,
+    repeated,
     serving,
     slow_engine,
+    streamed_text,
     stub_engine,
     wait_until,
 )
@@ -294,15 +296,15 @@ def test_first_signal_drains() -> None:
         body = {"prompt": "hello", "max_tokens": 400, "stream": True}
         with http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
-            next(lines)
+            first = next(lines)
             server.send_signal(signal.SIGTERM)
             wait_until(lambda: http.get("/ready").status_code == 503)
             assert http.get("/health").status_code == 200
             refused = http.post("/v1/chat/completions", json={"messages": HELLO})
             assert "shutting down" in refusal(refused, 503)["message"]
             assert int(refused.headers["retry-after"]) > 0
-            rest = [line for line in lines if line]
-        assert len(rest) == 400 and rest[-1] == "data: [DONE]"
+            text = streamed_text([first, *lines])
+        assert text == repeated("hello", 400)
         assert server.wait(20) == 0
         assert server.stdout is not None
         logged = [json.loads(line) for line in server.stdout.read().splitlines()]

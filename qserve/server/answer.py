@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from json.encoder import encode_basestring
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from pydantic import BaseModel
@@ -17,9 +16,11 @@ from qserve.server.responses import PromptTokensDetails, Usage
 from qserve.server.text import TextCodec
 from qserve.server.tool_calls import CallPart
 
+_MARK = "\0"
+"""Stands for a text that is not known yet; a heading holds no such character."""
 
-@dataclass(frozen=True)
-class Span:
+
+class Span(NamedTuple):
     """A stretch of one choice: its text, its tokens, and how it ended, if it did.
 
     logprobs: None unless asked for; an entry is None for the first token of a prompt.
@@ -40,14 +41,28 @@ class Span:
         has_content = self.text or self.logprobs or self.calls
         return not has_content and self.finish_reason is None
 
+    @property
+    def is_text_alone(self) -> bool:
+        """Whether a client sees nothing of it but its text."""
+        return self.finish_reason is None and self.logprobs is None and not self.calls
+
 
 def _as_span(choice: int, part: SequenceOutput) -> Span:
     reason = None if part.finish_reason is None else part.finish_reason.value
     return Span(choice, part.text, part.token_ids, part.logprobs, reason, part.stop_reason)
 
 
+def joined(spans: Iterable[Span]) -> list[Span]:
+    """One stretch for each choice, from all its stretches in the order they came."""
+    stretches: dict[int, list[Span]] = {}
+    for span in spans:
+        stretches.setdefault(span.choice, []).append(span)
+    return [_join(of_one) for of_one in stretches.values()]
+
+
 def _join(spans: Sequence[Span]) -> Span:
-    """The whole of one choice from its stretches."""
+    if len(spans) == 1:
+        return spans[0]
     scored = spans[-1].logprobs is not None
     return Span(
         choice=spans[0].choice,
@@ -79,6 +94,8 @@ class Answer(ABC):
         self._prompt_tokens: dict[int, int] = {}
         self._cached_tokens: dict[int, int] = {}
         self._completion_tokens = 0
+        self._introduced: set[int] = set()
+        self._frames: dict[int, tuple[str, str]] = {}
 
     def take(self, prompt: int, output: RequestOutput) -> Iterator[Span]:
         """The stretches that one output for the `prompt`-th prompt adds; counts its tokens."""
@@ -102,17 +119,31 @@ class Answer(ABC):
 
     def whole(self, spans: Iterable[Span]) -> BaseModel:
         """The answer that is not streamed, from all its stretches in the order they came."""
-        stretches: dict[int, list[Span]] = defaultdict(list)
-        for span in spans:
-            stretches[span.choice].append(span)
-        return self._whole([_join(stretches[choice]) for choice in sorted(stretches)])
+        return self._whole(sorted(joined(spans), key=lambda span: span.choice))
 
     @abstractmethod
     def _whole(self, choices: Sequence[Span]) -> BaseModel: ...
 
+    def event(self, span: Span, usage: Usage | None = None) -> str:
+        """One event of a stream, as JSON."""
+        is_first = span.choice not in self._introduced
+        if is_first or usage is not None or not span.is_text_alone:
+            self._introduced.add(span.choice)
+            return self._part(span, is_first, usage).model_dump_json()
+        before, after = self._frame(span.choice)
+        return f"{before}{encode_basestring(span.text)}{after}"
+
+    def _frame(self, choice: int) -> tuple[str, str]:
+        """What stands around the text in events that bring nothing else."""
+        if choice not in self._frames:
+            event = self._part(Span(choice, _MARK, (), None), False, None).model_dump_json()
+            before, after = event.split(encode_basestring(_MARK))
+            self._frames[choice] = (before, after)
+        return self._frames[choice]
+
     @abstractmethod
-    def part(self, span: Span, usage: Usage | None = None) -> BaseModel:
-        """One event of a stream."""
+    def _part(self, span: Span, is_first: bool, usage: Usage | None) -> BaseModel:
+        """One event of a stream. is_first: the choice has had none yet."""
 
     @abstractmethod
     def closing(self) -> BaseModel:

@@ -45,16 +45,13 @@ class ChatAnswer(Answer):
         new_reader: Callable[[], ToolCallReader] | None = None,
     ) -> None:
         super().__init__(model, codec, num_choices)
-        self._introduced: set[int] = set()
         self._readers = None if new_reader is None else defaultdict[int, ToolCallReader](new_reader)
 
     def take(self, prompt: int, output: RequestOutput) -> Iterator[Span]:
         for span in super().take(prompt, output):
             yield span if self._readers is None else _read(self._readers[span.choice], span)
 
-    def part(self, span: Span, usage: Usage | None = None) -> ChatCompletionChunk:
-        is_first = span.choice not in self._introduced
-        self._introduced.add(span.choice)
+    def _part(self, span: Span, is_first: bool, usage: Usage | None) -> ChatCompletionChunk:
         choice = ChunkChoice(
             index=span.choice,
             delta=Delta(
@@ -107,8 +104,7 @@ def _read(reader: ToolCallReader, span: Span) -> Span:
     if span.finish_reason is not None:
         parts.append(reader.finish())
     has_called = span.finish_reason == FinishReason.STOP.value and reader.num_calls
-    return replace(
-        span,
+    return span._replace(
         text="".join(part for part in parts if isinstance(part, str)),
         calls=tuple(part for part in parts if isinstance(part, CallPart)),
         finish_reason=CALLED if has_called else span.finish_reason,

@@ -37,7 +37,7 @@ class CompletionAnswer(Answer):
                 yield Span(choice, text, token_ids, output.prompt_logprobs)
         yield from super().take(prompt, output)
 
-    def part(self, span: Span, usage: Usage | None = None) -> Completion:
+    def _part(self, span: Span, is_first: bool, usage: Usage | None) -> Completion:
         return Completion(**self._heading, choices=[self._choice(span)], usage=usage)
 
     def closing(self) -> Completion:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 
 from fastapi import Request
@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from qserve.engine.request import RequestError, RequestOutput, SamplingParams
-from qserve.server.answer import Answer, Span
+from qserve.server.answer import Answer, Span, joined
 from qserve.server.chat_answer import ChatAnswer
 from qserve.server.completion_answer import CompletionAnswer
 from qserve.server.errors import as_api_error, check_model
@@ -117,16 +117,19 @@ def _json(model: BaseModel) -> Response:
 async def _spans(
     stream: OutputStream, answer: Answer, stopwatch: Stopwatch
 ) -> AsyncIterator[list[Span]]:
-    """What clients see of the engine's outputs, in lists of what arrived at the same time."""
+    """What clients see of the engine's outputs: of each choice, what arrived at the same time."""
     async for outputs in stream:
-        yield [span for output in outputs for span in _taken(output, stream, answer, stopwatch)]
+        spans = joined(
+            span for output in outputs for span in _taken(output, stream, answer, stopwatch)
+        )
+        yield [span for span in spans if not span.is_empty]
 
 
 def _taken(
     output: RequestOutput, stream: OutputStream, answer: Answer, stopwatch: Stopwatch
-) -> list[Span]:
+) -> Iterable[Span]:
     stopwatch.take(output)
-    return [span for span in answer.take(stream.prompt_index(output), output) if not span.is_empty]
+    return answer.take(stream.prompt_index(output), output)
 
 
 async def _collect(spans: AsyncIterator[list[Span]]) -> list[Span]:
@@ -140,7 +143,7 @@ async def _events(
     try:
         async for batch in spans:
             usage = answer.usage if options.continuous_usage_stats else None
-            yield b"".join(event(answer.part(span, usage).model_dump_json()) for span in batch)
+            yield b"".join(event(answer.event(span, usage)) for span in batch)
     except ServingError as error:
         yield event(as_api_error(error).body.model_dump_json())
         return

@@ -67,7 +67,8 @@ class OutputStream:
         self.num_choices = num_choices
         self._forget = forget
         self._unfinished = num_prompts
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: list[Event] = []
+        self._has_events = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
     def prompt_index(self, output: RequestOutput) -> int:
@@ -75,7 +76,8 @@ class OutputStream:
         return self.request_ids[output.request_id]
 
     def put(self, event: Event) -> None:
-        self._events.put_nowait(event)
+        self._events.append(event)
+        self._has_events.set()
 
     def expire_in(self, seconds: float) -> None:
         """Let the stream end with RequestTimeoutError, and its pages be freed, after so long."""
@@ -87,15 +89,23 @@ class OutputStream:
         self.close()
 
     async def wait_until_admitted(self) -> None:
-        _raise_if_error(await self._events.get())
+        await self._wait_for_events()
+        _raise_if_error(self._events.pop(0))
 
     async def __aiter__(self) -> AsyncIterator[list[RequestOutput]]:
         while self._unfinished:
-            outputs = list(_raise_if_error(await self._events.get()))
-            while not self._events.empty():
-                outputs += _raise_if_error(self._events.get_nowait())
+            await self._wait_for_events()
+            events, self._events = self._events, []
+            outputs = [output for event in events for output in _outputs(event)]
             self._unfinished -= sum(output.finished for output in outputs)
-            yield outputs
+            if outputs:
+                yield outputs
+            _raise_if_error(events[-1])  # nothing comes after an error
+
+    async def _wait_for_events(self) -> None:
+        while not self._events:
+            self._has_events.clear()
+            await self._has_events.wait()
 
     def close(self) -> None:
         """Abort what is unfinished and free its pages."""
@@ -104,10 +114,13 @@ class OutputStream:
         self._forget(self)
 
 
-def _raise_if_error(event: Event) -> Sequence[RequestOutput]:
+def _outputs(event: Event) -> Sequence[RequestOutput]:
+    return () if isinstance(event, Exception) else event
+
+
+def _raise_if_error(event: Event) -> None:
     if isinstance(event, Exception):
         raise event
-    return event
 
 
 class SharedEngine(ABC):
