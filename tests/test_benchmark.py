@@ -17,6 +17,7 @@ from qserve.benchmark.breakdown import Breakdown, PartTime, Span, own_times, par
 from qserve.benchmark.dummy import DummySource, dummy_engine
 from qserve.benchmark.kernels import Ceilings
 from qserve.benchmark.roofline import REST, Roofline
+from qserve.benchmark.sampling import SETTINGS, Setting, library_draw
 from qserve.benchmark.serving import (
     Arrival,
     Objectives,
@@ -29,6 +30,7 @@ from qserve.benchmark.throughput import bench_throughput
 from qserve.cli import main
 from qserve.config import EngineConfig
 from qserve.formats.kv import KVFormat
+from qserve.kernels import draw_tokens
 from qserve.models.attention import DenseAttention
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.loader import load_decoder
@@ -181,6 +183,15 @@ def test_the_roofline_is_bytes_or_operations_whichever_take_longer() -> None:
     assert math.isclose(large["GEMM"], 32 * 2 * 4096 * weights / 1e9)
     assert math.isclose(small["attention"], 32 * 1280 * 8 * 2 * (64 + 4) / 4e6)
     assert math.isclose(large["lm_head"], 2 * 4096 * 128256 * 4096 / 5e8)
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_torch_draws_from_what_our_filters_leave(setting: Setting) -> None:
+    rows, vocab = 20000, 100
+    logits = (2 * torch.randn(1, vocab)).expand(rows, -1)
+    ours = draw_tokens(logits, setting.draws(rows)).bincount(minlength=vocab) / rows
+    theirs = library_draw(logits, setting).bincount(minlength=vocab) / rows
+    assert (ours - theirs).abs().sum() < 0.08
 
 
 def test_arrivals_are_poisson_and_the_seed_decides() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qserve.kernels import OpError, draw_cuda, draw_tokens, jit
-from qserve.kernels.draw import DRAW, LARGEST_SHARE, _bar, _least_of_top_p
+from qserve.kernels.draw import DRAW, LARGEST_SHARE, _bar, _least_of_top_p, pack_draws
 from qserve.kernels.jit import Kernel
 from qserve.kernels.op import FLOAT_DTYPES
 
@@ -45,19 +45,19 @@ EDGES = (
 
 def pack(*changes: dict[str, float]) -> Tensor:
     rows = [tuple((PLAIN | change)[name] for name in DRAW.names or ()) for change in changes]
-    table = numpy.array(rows, DRAW).view(numpy.uint8)
-    return torch.from_numpy(table.reshape(len(rows), DRAW.itemsize))
+    return torch.from_numpy(pack_draws(rows))
 
 
 def random_draws(rows: int, seed: int = 0) -> Tensor:
     generator = numpy.random.default_rng(seed)
-    table = numpy.empty(rows, DRAW)
-    table["noise"] = generator.random(rows)
-    table["temperature"] = generator.choice([0, 0.3, 1, 1.5], rows)
-    table["top_k"] = generator.choice([0, 0, 1, 7, 50], rows)
-    table["top_p"] = generator.choice([1, 0.9, 0.5, 0.01], rows)
-    table["min_p"] = generator.choice([0, 0, 1e-3, 0.1], rows)
-    return torch.from_numpy(table.view(numpy.uint8).reshape(rows, DRAW.itemsize))
+    choices = {
+        "noise": generator.random(rows),
+        "temperature": generator.choice([0, 0.3, 1, 1.5], rows),
+        "top_k": generator.choice([0, 0, 1, 7, 50], rows),
+        "top_p": generator.choice([1, 0.9, 0.5, 0.01], rows),
+        "min_p": generator.choice([0, 0, 1e-3, 0.1], rows),
+    }
+    return pack(*({name: values[row] for name, values in choices.items()} for row in range(rows)))
 
 
 def difficult_rows(vocab: int) -> Tensor:

@@ -159,6 +159,14 @@ def attention(as_json: Json = False) -> None:
     bench_paged(as_json)
 
 
+@bench.command()
+def sampling(as_json: Json = False) -> None:
+    """Drawing tokens under several settings, against torch's way and one read of the logits."""
+    from qserve.benchmark.sampling import bench_sampling
+
+    bench_sampling(as_json)
+
+
 @kernels.command("compile")
 def compile_(
     arch: Annotated[list[str], typer.Option(help="Such as sm_80 or sm_90a; may be repeated.")],

@@ -14,7 +14,7 @@ from qserve.engine.graphs import batch_sizes
 from qserve.engine.kv_cache import CacheShape, choose_num_pages
 from qserve.engine.request import SamplingParams
 from qserve.engine.runner import ModelRunner
-from qserve.engine.sampler import Row, Sampler, pack_draws
+from qserve.engine.sampler import Row, Sampler, draws_of
 from qserve.engine.scheduler import ScheduledChunk, StepPlan
 from qserve.engine.sequence import Sequence
 from qserve.formats.kv import KVFormat
@@ -75,7 +75,7 @@ def _try(trial: Callable[[], ModelRunner], plan: StepPlan) -> None:
 def _draw_each_way(decoder: Decoder, limits: StepLimits) -> list[Tensor]:
     """A token from logits as the decoder gives them, and as they are adjusted."""
     logits, rows = decoder.empty_logits(1)[:1], [Row(_chunk(1, 1, limits).sequence, 1)]
-    draws = pack_draws(rows, logits)
+    draws = draws_of(rows, logits)
     return [draw_tokens(logits, draws), draw_tokens(logits.float(), draws)]
 
 

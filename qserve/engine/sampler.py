@@ -20,7 +20,7 @@ from qserve.engine.request import SamplingParams
 from qserve.engine.sequence import Sequence
 from qserve.engine.token_counts import TokenCounts
 from qserve.engine.transfer import to_device
-from qserve.kernels.draw import DRAW, draw_tokens
+from qserve.kernels.draw import draw_tokens, pack_draws
 
 
 class Row(NamedTuple):
@@ -74,7 +74,7 @@ class Sampler:
         Order as in SamplingParams. A sequence's tokens must all come from here, in order.
         """
         if not any(row.is_adjusted for row in rows):
-            return draw_tokens(logits, pack_draws(rows, logits))
+            return draw_tokens(logits, draws_of(rows, logits))
         starts = range(0, len(rows), ROWS_AT_ONCE)
         parts = (slice(start, start + ROWS_AT_ONCE) for start in starts)
         return torch.cat([self._adjust_and_draw(logits[part], rows[part]) for part in parts])
@@ -87,7 +87,7 @@ class Sampler:
         logits = _on_rows(
             logits, rows, lambda row: row.sequence.guide is not None, _keep_to_grammar
         )
-        token_ids = draw_tokens(logits, pack_draws(rows, logits))
+        token_ids = draw_tokens(logits, draws_of(rows, logits))
         self._count(token_ids, rows)
         return token_ids
 
@@ -145,7 +145,7 @@ def _keep_to_grammar(logits: Tensor, rows: Rows) -> Tensor:
     return logits.masked_fill(allowed == 0, -math.inf)
 
 
-def pack_draws(rows: Rows, logits: Tensor) -> Tensor:
+def draws_of(rows: Rows, logits: Tensor) -> Tensor:
     """How the rows' tokens are drawn from logits [B, V]: a `DRAW` each, in one upload."""
     seeds = numpy.array([row.sequence.seed for row in rows], numpy.int64)
     positions = numpy.array([row.num_tokens for row in rows], numpy.uint64)
@@ -155,8 +155,7 @@ def pack_draws(rows: Rows, logits: Tensor) -> Tensor:
         (x, p.top_p, p.min_p, p.temperature, min(p.top_k, vocab_size))
         for x, p in zip(noise, params, strict=True)
     ]
-    table = numpy.array(draws, DRAW).view(numpy.uint8).reshape(len(rows), DRAW.itemsize)
-    return to_device(table, logits.device, torch.uint8)
+    return to_device(pack_draws(draws), logits.device, torch.uint8)
 
 
 def uniform(

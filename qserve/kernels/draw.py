@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qserve.kernels.op import FLOAT_DTYPES, Contract
@@ -22,7 +23,13 @@ SHARE_BITS = 30
 
 LARGEST_SHARE = 2**SHARE_BITS - 1
 
-Draws = numpy.ndarray
+Draws = NDArray[numpy.void]
+"""`DRAW`s, [B]."""
+
+
+def pack_draws(draws: Sequence[tuple[float, ...]]) -> NDArray[numpy.uint8]:
+    """The bytes, [B, 32], of the fields of each `DRAW`."""
+    return numpy.array(draws, DRAW).view(numpy.uint8).reshape(len(draws), DRAW.itemsize)
 
 
 def draw_tokens(logits: Tensor, draws: Tensor) -> Tensor:
@@ -77,7 +84,10 @@ def _shares(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _bar(
-    shares: Tensor, draws: Draws, applies: numpy.ndarray, least: Callable[[Tensor, Draws], Tensor]
+    shares: Tensor,
+    draws: Draws,
+    applies: NDArray[numpy.bool_],
+    least: Callable[[Tensor, Draws], Tensor],
 ) -> None:
     """Leave nothing, in the rows to which a filter applies, of shares below `least(shares, draws)`."""
     chosen = numpy.flatnonzero(applies)
@@ -111,11 +121,11 @@ def _least_of_min_p(_: Tensor, draws: Draws) -> Tensor:
     return least.ceil().int()
 
 
-def _rows(values: Tensor, chosen: numpy.ndarray) -> Tensor:
+def _rows(values: Tensor, chosen: NDArray[numpy.intp]) -> Tensor:
     """`values[chosen]`, without a copy where all are."""
     return values if len(chosen) == len(values) else values[chosen]
 
 
-def _column(values: numpy.ndarray) -> Tensor:
+def _column(values: NDArray[numpy.generic]) -> Tensor:
     """[B, 1]."""
     return torch.from_numpy(numpy.ascontiguousarray(values))[:, None]
