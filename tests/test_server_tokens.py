@@ -38,6 +38,28 @@ def test_special_tokens_are_spelled(http: httpx.Client) -> None:
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_templates_have_settings() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking is defined and not enable_thinking %}no {% endif %}{{ messages[0].content }}"
+    with serving(stub_engine(tokenizer)) as http:
+        settings = {"chat_template_kwargs": {"enable_thinking": False}}
+        for given, text in (({}, "hello"), (settings, "no hello")):
+            body = {"messages": HELLO, **given}
+            tokens = http.post("/tokenize", json=body).json()["tokens"]
+            assert tokenizer.decode(tokens) == text
+            answer = http.post("/v1/chat/completions", json=body | {"max_tokens": len(text)}).json()
+            assert answer["choices"][0]["message"]["content"] == text
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "tokenize", "add_generation_prompt"])
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/chat/completions"])
+def test_settings_of_the_server_are_not_the_templates(
+    http: httpx.Client, path: str, name: str
+) -> None:
+    body = {"messages": HELLO, "chat_template_kwargs": {name: False}}
+    assert repr(name) in refusal(http.post(path, json=body), 400)["message"]
+
+
 def test_refusal_is_worded_well(http: httpx.Client) -> None:
     error = refusal(http.post("/tokenize", json={}), 400)
     assert error["message"] == "either prompt or messages must be given" and not error["param"]

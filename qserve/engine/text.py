@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from inspect import signature
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qserve.engine.request import RequestError
 
 REPLACEMENT = "\ufffd"
+
+
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -20,18 +25,23 @@ def encode_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] = NO_SETTINGS,
 ) -> list[int]:
     """Token ids of a conversation, up to where the assistant's answer begins.
 
     messages: each with "role" and "content". tools: what the assistant may call, as the OpenAI API
-    describes it. Raises RequestError if the model has no chat template or the template refuses
+    describes it. settings: variables that the template knows besides, such as Qwen3's
+    `enable_thinking`. Raises RequestError if the model has no chat template or the template refuses
     them.
     """
     if not tokenizer.chat_template:
         raise RequestError("the model has no chat template")
+    reserved = {"messages", *signature(tokenizer.apply_chat_template).parameters}
+    if taken := sorted(reserved & settings.keys()):
+        raise RequestError(f"chat_template_kwargs holds {taken[0]!r}, which is not its to set")
     try:
         text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, **settings
         )
     except Exception as error:  # templates raise whatever they like
         raise RequestError(f"the chat template refuses the messages: {error}") from error

@@ -64,7 +64,7 @@ class GenerationService:
         self._check_acceptable(body, 1)
         use, params = body.tool_use, body.sampling_params()
         if use is None:
-            prompt = await self._codec.encode_chat(body.messages)
+            prompt = await self._codec.encode_chat(body.messages, (), body.chat_template_kwargs)
             answer = ChatAnswer(self._model, self._codec, params.n)
             return await self._respond(body, params, [prompt], answer, request)
         if self._tool_style is None:
@@ -73,7 +73,8 @@ class GenerationService:
                 "(--tool-parser) how the model writes calls"
             )
         params = guided_by_tools(params, self._tool_style, use)
-        prompt = await self._codec.encode_chat(body.messages, use.tools)
+        settings = body.chat_template_kwargs
+        prompt = await self._codec.encode_chat(body.messages, use.tools, settings)
         new_reader = partial(ToolCallReader, self._tool_style, use)
         answer = ChatAnswer(self._model, self._codec, params.n, new_reader)
         return await self._respond(body, params, [prompt], answer, request)

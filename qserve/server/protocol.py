@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic import Field, JsonValue, StrictBool, StrictFloat, StrictInt, model_validator
 
 from qserve.engine.request import Grammar, RequestError, SamplingParams
 from qserve.server.fields import RequestModel, Text
@@ -20,6 +20,10 @@ DEFAULT_COMPLETION_TOKENS = 16
 """What the OpenAI API gives a completion that does not ask for a number; a chat has no limit."""
 
 LogprobCount = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+TemplateSettings = dict[str, JsonValue]
+"""Variables for the chat template, such as Qwen3's `enable_thinking`."""
 
 
 class StreamOptions(RequestModel):
@@ -173,6 +177,7 @@ class ChatCompletionRequest(GenerationRequest):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: StrictBool | None = None
+    chat_template_kwargs: TemplateSettings = Field(default_factory=dict)
 
     @property
     def tool_use(self) -> ToolUse | None:
@@ -196,6 +201,7 @@ class TokenizeRequest(RequestModel):
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
+    chat_template_kwargs: TemplateSettings = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_one_is_given(self) -> TokenizeRequest:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qserve.engine.request import RequestError
-from qserve.engine.text import REPLACEMENT, encode, encode_chat
+from qserve.engine.text import NO_SETTINGS, REPLACEMENT, encode, encode_chat
 from qserve.server.protocol import ChatMessage
 from qserve.server.tools import Tool
 
@@ -33,15 +33,21 @@ class TextCodec:
         return prompt
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool] = (),
+        settings: Mapping[str, Any] = NO_SETTINGS,
     ) -> list[int]:
         """The tokens of a conversation up to where the assistant speaks, by the model's template.
 
-        Raises RequestError if there is no template or it refuses the conversation.
+        settings: of the template. Raises RequestError if there is no template or it refuses the
+        conversation.
         """
         conversation = [message.for_template() for message in messages]
         described = [tool.for_template() for tool in tools] or None
-        return await asyncio.to_thread(encode_chat, self._tokenizer, conversation, described)
+        return await asyncio.to_thread(
+            encode_chat, self._tokenizer, conversation, described, settings
+        )
 
     async def decode_checked(self, token_ids: Sequence[int]) -> str:
         """The text of tokens that a client names; RequestError if one is out of the vocabulary."""

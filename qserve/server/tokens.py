@@ -19,7 +19,9 @@ class TokenService:
         """The tokens that a completion of `prompt`, or a chat of `messages`, would begin with."""
         check_model(body.model, self._model)
         if body.messages is not None:
-            tokens = await self._codec.encode_chat(body.messages, body.tools or ())
+            tokens = await self._codec.encode_chat(
+                body.messages, body.tools or (), body.chat_template_kwargs
+            )
         else:
             tokens = await self._codec.encode_prompt(body.prompt or "")
         return Tokens(tokens=tokens, count=len(tokens))
