@@ -13,19 +13,23 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import selectors
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from qserve.engine.request import SamplingParams
 from qserve.server.app import create_app
 from qserve.server.async_engine import AsyncEngine
+from qserve.server.engine_process import EngineProcess
 from qserve.testing.http import serve_in_thread
 from qserve.testing.paced_engine import PacedEngine
 
@@ -47,25 +51,26 @@ def prompt(client: int) -> list[int]:
     return [7 * client] + [0] * (PROMPT_TOKENS - 1)
 
 
-@dataclass
-class Measured:
-    """Wall time, and the CPU time of the thread that steps and of all others of its process."""
+class Measured(NamedTuple):
+    """Wall time, and the CPU time of the engine (its thread or process) and of the server."""
 
     seconds: float
     engine_cpu: float
-    other_cpu: float
+    server_cpu: float
 
-    def __sub__(self, other: Measured) -> Measured:
-        return Measured(
-            self.seconds - other.seconds,
-            self.engine_cpu - other.engine_cpu,
-            self.other_cpu - other.other_cpu,
-        )
+    def since(self, earlier: Measured) -> Measured:
+        return Measured(*(now - then for now, then in zip(self, earlier, strict=True)))
 
-    @classmethod
-    def now(cls, engine: PacedEngine) -> Measured:
-        thread = engine.thread_seconds
-        return cls(time.perf_counter(), thread, time.process_time() - thread)
+
+def measure(engine: PacedEngine | None) -> Measured:
+    """Now. engine: if it is of this process, else it is that of its child."""
+    now, mine = time.perf_counter(), time.process_time()
+    if engine is not None:
+        return Measured(now, engine.thread_seconds, mine - engine.thread_seconds)
+    (child,) = multiprocessing.active_children()
+    counters = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    ticks = int(counters[11]) + int(counters[12])
+    return Measured(now, ticks / os.sysconf("SC_CLK_TCK"), mine)
 
 
 def measure_alone(options: argparse.Namespace) -> Measured:
@@ -73,23 +78,27 @@ def measure_alone(options: argparse.Namespace) -> Measured:
     engine = paced_engine(options)
     params = SamplingParams(max_tokens=options.tokens, ignore_eos=True, temperature=0)
     gc.freeze()
-    start = Measured.now(engine)
+    start = measure(engine)
     for client in range(options.clients):
         engine.add_request(str(client), prompt(client), params)
     while engine.has_unfinished:
         engine.step()
-    return Measured.now(engine) - start
+    return measure(engine).since(start)
 
 
 def serve(pipe: Connection, options: argparse.Namespace) -> None:
     """The server's process: sends its address, then what it has measured whenever it is asked."""
-    engine = paced_engine(options)
-    app = create_app(AsyncEngine(engine, options.clients), engine.tokenizer, "paced")
+    engine = paced_engine(options) if options.thread else None
+    if engine is None:
+        served = EngineProcess(partial(paced_engine, options), options.clients)
+        app = create_app(served, served.tokenizer, "paced")
+    else:
+        app = create_app(AsyncEngine(engine, options.clients), engine.tokenizer, "paced")
     gc.freeze()
     with serve_in_thread(app) as url:
         pipe.send(int(url.rsplit(":", 1)[1]))
         while pipe.recv():
-            pipe.send(Measured.now(engine))
+            pipe.send(measure(engine))
 
 
 @dataclass
@@ -102,8 +111,8 @@ class Client:
     def read(self) -> bool:
         """Take what there is; whether that was the end."""
         data = self.connection.recv(1 << 18)
-        assert data, "the server has hung up"
         self.received.append(data)
+        assert self.received[0].startswith(b"HTTP/1.1 200") and data, data
         return END in b"".join(self.received[-2:])
 
     @property
@@ -156,6 +165,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--tokens-per-second", type=float, default=25_000)
+    parser.add_argument("--thread", action="store_true", help="the engine in the server's process")
     options = parser.parse_args()
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
@@ -167,7 +177,7 @@ def main() -> None:
     start, start_cpu = ours.recv(), time.process_time()
     clients = stream_all(port, options.clients, options.tokens)
     ours.send(True)
-    clients_cpu, served = time.process_time() - start_cpu, ours.recv() - start
+    clients_cpu, served = time.process_time() - start_cpu, ours.recv().since(start)
     ours.send(False)
     process.join()
     alone = measure_alone(options)
@@ -176,7 +186,7 @@ def main() -> None:
     for name, m in (("engine alone", alone), ("through HTTP", served)):
         print(
             f"{name:14} {total / m.seconds:8,.0f} tokens/s; CPU time per token: engine "
-            f"{1e6 * m.engine_cpu / total:5.1f} us, rest {1e6 * m.other_cpu / total:5.1f} us"
+            f"{1e6 * m.engine_cpu / total:5.1f} us, server {1e6 * m.server_cpu / total:5.1f} us"
         )
     print(f"clients: {1e6 * clients_cpu / total:.1f} us; {total / events:.2f} tokens an event")
 

@@ -21,9 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from qserve.cli.model import console, load_engine, servable
 from qserve.cli.options import API_KEY_VARIABLE
 from qserve.config import ConfigError, EngineConfig, ServerConfig
+from qserve.engine.loading import resolve_device
 from qserve.models.source import open_source
 from qserve.server.app import create_app
 from qserve.server.async_engine import AsyncEngine
+from qserve.server.engine_process import EngineProcess
 from qserve.server.middleware import request_logger
 from qserve.server.shared_engine import SharedEngine
 
@@ -100,9 +102,16 @@ def open_engine(
     replicas: int | None,
     max_requests: int,
 ) -> tuple[SharedEngine, PreTrainedTokenizerBase]:
-    """The model in this process or in `replicas` of Ray Serve, ready; and its tokenizer."""
+    """The model, ready, and its tokenizer: in `replicas` of Ray Serve, or one engine.
+
+    That one is on a thread of this process where the model runs on a CPU, which has nothing to do
+    beside it; for a GPU it is a process, since the server's Python would keep the GPU waiting.
+    """
     if replicas is not None:
         return _start_replicas(model, precision, config, replicas, max_requests)
+    if resolve_device(config.device).type != "cpu":
+        process = EngineProcess(partial(load_engine, model, precision, config), max_requests)
+        return process, process.tokenizer
     engine = load_engine(model, precision, config)
     return AsyncEngine(engine, max_requests), engine.tokenizer
 

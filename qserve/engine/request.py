@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -104,6 +105,11 @@ class SamplingParams:
         self._check_integers()
         self._check_reals()
         self._check_tokens()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To be pickled, which a view of a dict cannot be."""
+        given = self.__dict__ | {"logit_bias": dict(self.logit_bias)}
+        return partial(SamplingParams, **given), ()
 
     def _check_integers(self) -> None:
         for name in ("max_tokens", "n"):

@@ -1,65 +1,56 @@
-"""The engine on a thread of its own, shared by the coroutines of one event loop."""
+"""The engine on a thread of this process, shared by the coroutines of one event loop."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from queue import SimpleQueue
+from abc import abstractmethod
+from collections.abc import Sequence
 from threading import Thread
-from typing import Any, Protocol
+from uuid import uuid4
 
 from qserve.engine.engine import EngineStats
-from qserve.engine.request import RequestError, RequestOutput, SamplingParams
+from qserve.engine.request import RequestError, SamplingParams
+from qserve.server.engine_loop import (
+    Abort,
+    Add,
+    Admission,
+    Command,
+    EngineLoop,
+    Failure,
+    Prepare,
+    Prepared,
+    Progress,
+    Report,
+    ServedEngine,
+)
 from qserve.server.shared_engine import (
     ADMITTED,
     EngineFailedError,
-    Event,
     OutputStream,
     SharedEngine,
     StepTotals,
 )
 
-logger = logging.getLogger("qserve.server")
 
+class LoopedEngine(SharedEngine):
+    """An engine whose loop runs beside the event loop. stats: of the engine before its first step."""
 
-class ServedEngine(Protocol):
-    """What of an engine is used; `qserve.engine.engine.Engine` says what it means."""
-
-    def prepare(self, params: SamplingParams) -> None: ...
-
-    def add_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
-    ) -> None: ...
-
-    def abort(self, request_id: str) -> None: ...
-
-    def step(self) -> list[RequestOutput]: ...
-
-    @property
-    def has_unfinished(self) -> bool: ...
-
-    @property
-    def stats(self) -> EngineStats: ...
-
-
-class AsyncEngine(SharedEngine):
-    """Runs an engine of this process. max_requests: sequences held at a time."""
-
-    def __init__(self, engine: ServedEngine, max_requests: int) -> None:
+    def __init__(self, stats: EngineStats, max_requests: int) -> None:
         super().__init__(max_requests)
-        self._engine = engine
-        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, name="qserve-engine", daemon=True)
-        self._stats = engine.stats
+        self._stats = stats
         self._step_totals = StepTotals()
         self._failure: Exception | None = None
+        self._preparing: dict[str, asyncio.Future[RequestError | None]] = {}
+
+    @abstractmethod
+    def _give(self, command: Command | None) -> None:
+        """Pass a command on to the loop; its reports go to `_report`."""
+
+    def start(self) -> None:
+        self._event_loop = asyncio.get_running_loop()
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's state after its latest step."""
         return self._stats
 
     @property
@@ -70,73 +61,79 @@ class AsyncEngine(SharedEngine):
     def failure(self) -> Exception | None:
         return self._failure
 
-    def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-
-    async def stop(self) -> None:
-        """End the thread after the step under way; what is unfinished fails."""
-        self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self._fail(RuntimeError("the server is shutting down"))
-
     async def submit(
         self, prompts: Sequence[list[int]], params: SamplingParams, timeout: float | None = None
     ) -> OutputStream:
         if params.grammar is not None:
-            await asyncio.to_thread(self._engine.prepare, params)
+            await self._prepare(params)
         return await super().submit(prompts, params, timeout)
+
+    async def _prepare(self, params: SamplingParams) -> None:
+        self.check_ready()
+        key = uuid4().hex
+        self._preparing[key] = asyncio.get_running_loop().create_future()
+        self._give(Prepare(key, params))
+        try:
+            error = await self._preparing[key]
+        finally:
+            del self._preparing[key]
+        if error is not None:
+            raise error
 
     def _begin(
         self, stream: OutputStream, prompts: Sequence[list[int]], params: SamplingParams
     ) -> None:
-        self._commands.put(partial(self._add, stream, prompts, params))
+        self._give(Add(tuple(stream.request_ids), prompts, params))
 
     def _abort(self, stream: OutputStream, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._commands.put(partial(self._engine.abort, request_id))
+        self._give(Abort(tuple(request_ids)))
 
-    # On the engine's thread.
+    def _report(self, report: Report) -> None:
+        """Take a report, on any thread."""
+        if not self._event_loop.is_closed():
+            self._event_loop.call_soon_threadsafe(self._take, report)
 
-    def _run(self) -> None:
-        try:
-            while self._carry_out_commands():
-                start = time.perf_counter()
-                outputs = self._engine.step()
-                self._step_totals += StepTotals(1, time.perf_counter() - start)
-                self._stats = self._engine.stats
-                self._call_soon(self._deliver, outputs)
-        except Exception as error:
-            logger.exception("the engine failed")
-            self._call_soon(self._fail, error)
+    def _take(self, report: Report) -> None:
+        match report:
+            case Progress(outputs, stats, step_totals):
+                self._stats, self._step_totals = stats, step_totals
+                self._deliver(outputs)
+            case Admission(request_ids, error):
+                stream = self._streams.get(request_ids[0])
+                if stream is not None:
+                    stream.put(error or ADMITTED)
+            case Prepared(key, error):
+                if key in self._preparing and not self._preparing[key].done():
+                    self._preparing[key].set_result(error)
+            case Failure(error) if self._failure is None:
+                self._fail(error)
 
-    def _carry_out_commands(self) -> bool:
-        """Carry out what is asked, waiting while there is nothing else to do; False is the end."""
-        while not self._engine.has_unfinished or not self._commands.empty():
-            command = self._commands.get()
-            if command is None:
-                return False
-            command()
-            self._stats = self._engine.stats
-        return True
+    def _fail(self, reason: str) -> None:
+        self._failure = RuntimeError(reason)
+        failed = EngineFailedError(f"the engine has failed: {reason}")
+        self._fail_all(failed)
+        for preparing in self._preparing.values():
+            if not preparing.done():
+                preparing.set_exception(failed)
 
-    def _add(
-        self, stream: OutputStream, prompts: Sequence[list[int]], params: SamplingParams
-    ) -> None:
-        event: Event = ADMITTED
-        try:
-            for request_id, prompt in zip(stream.request_ids, prompts, strict=True):
-                self._engine.add_request(request_id, prompt, params)
-        except RequestError as error:
-            event = error
-        self._call_soon(stream.put, event)
 
-    def _call_soon(self, callback: Callable[..., None], *arguments: Any) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(callback, *arguments)
+class AsyncEngine(LoopedEngine):
+    """Runs an engine of this process. max_requests: sequences held at a time."""
 
-    # On the event loop's thread.
+    def __init__(self, engine: ServedEngine, max_requests: int) -> None:
+        super().__init__(engine.stats, max_requests)
+        self._loop = EngineLoop(engine, self._report)
+        self._thread = Thread(target=self._loop.run, name="qserve-engine", daemon=True)
 
-    def _fail(self, error: Exception) -> None:
-        self._failure = error
-        self._fail_all(EngineFailedError(f"the engine has failed: {error}"))
+    def start(self) -> None:
+        super().start()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after the step under way; what is unfinished fails."""
+        self._give(None)
+        await asyncio.to_thread(self._thread.join)
+        self._fail("the server is shutting down")
+
+    def _give(self, command: Command | None) -> None:
+        self._loop.give(command)

@@ -25,7 +25,8 @@ from ray.serve.schema import LoggingConfig
 from qserve.config import ConfigError
 from qserve.engine.engine import EngineStats
 from qserve.engine.request import RequestError, SamplingParams
-from qserve.server.async_engine import AsyncEngine, ServedEngine
+from qserve.server.async_engine import AsyncEngine
+from qserve.server.engine_loop import ServedEngine
 from qserve.server.prefix_router import PrefixRouter
 from qserve.server.shared_engine import (
     ADMITTED,

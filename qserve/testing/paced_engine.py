@@ -21,7 +21,6 @@ from qserve.engine.step import StepUnderWay
 from qserve.models.tokenizer import load_tokenizer
 from qserve.testing.tiny import tiny_config, tiny_source
 
-
 _SIZES = {"num_hidden_layers": 1, "num_key_value_heads": 1, "max_position_embeddings": 8192}
 
 
