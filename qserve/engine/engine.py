@@ -263,11 +263,11 @@ class Engine:
         return sampled
 
     def _output(self, request_id: str, outputs: list[SequenceOutput]) -> RequestOutput:
-        request = self._requests[request_id]
-        if request.finished:
+        output = self._requests[request_id].output(outputs)
+        if output.finished:
             del self._requests[request_id]
-            self._num_cached_tokens += request.num_cached_tokens
-        return request.output(outputs)
+            self._num_cached_tokens += output.cached_tokens
+        return output
 
 
 def _max_model_len(config: EngineConfig, limit: int) -> int:
