@@ -85,7 +85,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    max_requests: int = 512
+    max_requests: int = 2048
     max_body_bytes: int = 8 * 2**20
     request_timeout: float | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
