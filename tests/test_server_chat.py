@@ -91,7 +91,8 @@ def test_control_c_stops_an_answer(monkeypatch: pytest.MonkeyPatch, capsys: Capt
         monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
         converse(interrupted, None)
         wait_until(lambda: metric(http, "vllm:num_requests_running") == 0)
-    assert printed(capsys) == ["<|im_start|>user"]
+    (answer,) = printed(capsys)  # of a text without an end
+    assert answer.startswith("<|im_start|>user")
     assert signal.getsignal(signal.SIGINT) is former
 
 
