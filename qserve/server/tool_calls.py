@@ -52,6 +52,9 @@ def style_of(chat_template: str | None, name: str | None = None) -> ToolStyle | 
     return STYLES["llama3"] if '"parameters"' in template else None
 
 
+_BETWEEN_CALLS = "}; \n\r\t"
+
+
 @dataclass(frozen=True)
 class CallPart:
     """A stretch of a text's `index`-th call; the first of a call has its id and name.
@@ -175,11 +178,11 @@ class ToolCallReader:
 
     def _after_arguments(self) -> list[str | CallPart] | None:
         end = self._style.end.strip()
-        self._held = self._held.lstrip("}; \n\r\t")
+        self._held = self._held.lstrip(_BETWEEN_CALLS)
+        while end and self._held.startswith(end):
+            self._held = self._held.removeprefix(end).lstrip(_BETWEEN_CALLS)
         if end.startswith(self._held):
-            self._held = self._held if self._held != end else ""
             return None
-        self._held = self._held.removeprefix(end)
         if not self._parallel:
             self._read = self._ignore
         else:
