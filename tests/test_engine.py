@@ -2,120 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from engine_helpers import (
+    AHEAD,
+    PARAMS,
+    PLAIN,
+    PROMPTS,
+    REPLAYED,
+    TOKENIZER,
+    collect,
+    do_twice,
+    expected_tokens,
+    make_engine,
+    run_all,
+    run_one,
+    tiny_decoder,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qserve import LLM, SamplingParams
-from qserve.config import ConfigError, EngineConfig
+from qserve import SamplingParams
 from qserve.engine.device import DevicePolicy
-from qserve.engine.engine import Engine
-from qserve.engine.kv_cache import kv_format_of
 from qserve.engine.llm import Completion
 from qserve.engine.request import FinishReason, RequestError
-from qserve.models.decoder import Decoder
-from qserve.models.loader import load_decoder
-from qserve.testing.naive import naive_generate
-from qserve.testing.tiny import (
-    quantized_source,
-    save_tiny_model,
-    tiny_config,
-    tiny_source,
-    tiny_tokenizer,
-)
-
-MAX_TOKENS = 10
-TOKENIZER = tiny_tokenizer()
-SHARED = [(7 * i) % 300 for i in range(130)]
-PROMPTS = (
-    [5],
-    SHARED[:40],
-    SHARED[:64],
-    SHARED[:65],
-    SHARED[:130],
-    [*SHARED[:70], *range(50, 60)],
-)
-PARAMS = (
-    SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True),
-    SamplingParams(max_tokens=MAX_TOKENS, temperature=0, repetition_penalty=1.5),
-    SamplingParams(max_tokens=MAX_TOKENS, seed=11),
-    SamplingParams(
-        max_tokens=MAX_TOKENS, seed=12, temperature=0.8, top_k=40, top_p=0.9, min_p=0.01
-    ),
-    SamplingParams(
-        max_tokens=MAX_TOKENS,
-        seed=13,
-        presence_penalty=0.5,
-        frequency_penalty=0.5,
-        min_tokens=4,
-        stop_token_ids=tuple(range(3, 320, 4)),
-    ),
-)
-
-
-@cache
-def tiny_decoder() -> Decoder:
-    source = quantized_source(tiny_source(tiny_config()), lambda linear: 4)
-    return load_decoder(source, torch.float32)
-
-
-@cache
-def expected_tokens(prompt: int, params: int, kv_bits: int = 4, index: int = 0) -> list[int]:
-    kv_format = kv_format_of(tiny_decoder(), kv_bits)
-    return naive_generate(tiny_decoder(), PROMPTS[prompt], PARAMS[params], kv_format, index)
-
-
-def do_twice(work: Callable[[], None]) -> Callable[[], None]:
-    """Records nothing: a replay does the work again, on the same static tensors."""
-    work()
-    return work
-
-
-PLAIN = DevicePolicy.of(torch.device("cpu"))
-AHEAD = replace(PLAIN, steps_ahead=1)
-REPLAYED = replace(AHEAD, capture=do_twice)
-
-
-def make_engine(policy: DevicePolicy | None = None, **settings: Any) -> Engine:
-    defaults = {"max_num_sequences": 4, "max_batched_tokens": 64, "num_pages": 16, "kv_bits": 4}
-    config = EngineConfig(**(defaults | settings))
-    return Engine(tiny_decoder(), TOKENIZER, config, policy=policy)
-
-
-def collect(
-    engine: Engine,
-    results: dict[str, dict[int, Completion]],
-    prompt_scores: dict[str, object] | None = None,
-) -> None:
-    for output in engine.step():
-        if prompt_scores is not None and output.prompt_logprobs is not None:
-            prompt_scores[output.request_id] = output.prompt_logprobs
-        for part in output.outputs:
-            results.setdefault(output.request_id, {}).setdefault(part.index, Completion()).extend(
-                part
-            )
-    engine.check_integrity()
-
-
-def run_all(engine: Engine) -> dict[str, dict[int, Completion]]:
-    results: dict[str, dict[int, Completion]] = {}
-    while engine.has_unfinished:
-        collect(engine, results)
-    assert engine.stats.pages_used == engine.stats.running == engine.stats.waiting == 0
-    return results
-
-
-def run_one(engine: Engine, prompt: list[int], params: SamplingParams) -> Completion:
-    engine.add_request("only", prompt, params)
-    return run_all(engine)["only"][0]
 
 
 @settings(max_examples=30, deadline=None)
@@ -353,115 +266,3 @@ def test_a_failed_step_drops_what_it_touched_and_the_engine_goes_on(
     assert not engine.has_unfinished and engine.stats.pages_used == 0
     assert run_one(engine, PROMPTS[4], PARAMS[0]).token_ids == expected_tokens(4, 0)
     assert engine.stats.cached_tokens == 0
-
-
-def test_the_cache_fits_the_memory_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    page_bytes = 2 * kv_format_of(tiny_decoder(), 4).page_bytes
-    monkeypatch.setattr("qserve.engine.kv_cache.free_bytes", lambda device: 10 * page_bytes)
-    engine = make_engine(num_pages=None, gpu_memory_utilization=0.75)
-    assert engine.stats.pages_total == 7
-    assert make_engine(num_pages=None, max_num_sequences=1, max_model_len=65).stats.pages_total == 2
-    with pytest.raises(ConfigError, match="a page of the cache takes"):
-        make_engine(num_pages=None, gpu_memory_utilization=0.05)
-    tried = []
-
-    def peak_bytes(step: Callable[[], None]) -> int:
-        tried.append(step())
-        return page_bytes
-
-    policy = replace(PLAIN, peak_bytes=peak_bytes)
-    assert make_engine(policy, num_pages=None).stats.pages_total == 9 - len(tried) == 7
-    with pytest.raises(ConfigError, match="max_model_len 1000"):
-        make_engine(max_model_len=1000)
-
-
-def test_the_largest_steps_are_tried_before_the_cache_is_sized() -> None:
-    shapes = []
-
-    def prepare(steps: Iterable[Callable[[], object]]) -> None:
-        *outputs, drawn = [step() for step in steps]
-        assert [len(tokens) for tokens in drawn] == [1, 1]  # type: ignore[attr-defined]
-        shapes.extend(len(output.hidden) for output in outputs)  # type: ignore[attr-defined]
-
-    limits = {"max_num_sequences": 20, "max_batched_tokens": 200, "max_model_len": 150}
-    make_engine(replace(PLAIN, prepare=prepare), **limits)
-    assert shapes == [1, 2, 4, 8, 16, 20, 16, 32, 64, 128, 187, 20]
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:1"])
-def test_a_device_that_cannot_be_used_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match=device):
-        Engine.from_source(tiny_source(tiny_config()), EngineConfig(device=device))
-
-
-def test_weights_that_do_not_fit_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> Decoder:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("qserve.engine.loading.load_decoder", fail)
-    with pytest.raises(ConfigError, match="weights do not fit cpu"):
-        Engine.from_source(tiny_source(tiny_config()), EngineConfig())
-
-
-def test_a_step_that_does_not_fit_is_one_error_at_the_start() -> None:
-    def peak_bytes(step: Callable[[], None]) -> int:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(ConfigError, match="lower max_batched_tokens"):
-        make_engine(replace(PLAIN, peak_bytes=peak_bytes), num_pages=None)
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    path: Path = save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    yield LLM(path, max_num_sequences=3, max_batched_tokens=32, kv_bits=8)
-
-
-def test_llm_generates_in_the_order_of_the_prompts(llm: LLM) -> None:
-    params = SamplingParams(max_tokens=5, seed=3, n=2)
-    together = llm.generate(["one", "two", "three"], params)
-    apart = [llm.generate(prompt, params)[0] for prompt in ("one", "two", "three")]
-    ids = TOKENIZER.encode("two")
-    assert [g.completions for g in together] == [g.completions for g in apart]
-    assert [len(g.completions) for g in together] == [2, 2, 2]
-    assert llm.generate(ids, params)[0].completions == together[1].completions
-    assert llm.generate([ids, ids], params)[1].text == together[1].text
-    assert llm.generate([]) == []
-
-
-def test_llm_chats(llm: LLM) -> None:
-    params = SamplingParams(max_tokens=3, temperature=0)
-    chat = [{"role": "user", "content": "Hi"}]
-    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    (answer,) = llm.chat(chat, params)
-    assert TOKENIZER.decode(answer.prompt_token_ids) == prompt
-    assert answer.text == llm.generate(prompt, params)[0].text
-    assert [g.text for g in llm.chat([chat, chat], params)] == [answer.text] * 2
-
-
-def test_llm_refuses_all_prompts_if_one_is_bad(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="empty"):
-        llm.generate([[1, 2], []])
-    assert not llm.engine.has_unfinished
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"kv_bits": 5},
-        {"num_pages": 0},
-        {"max_batched_tokens": 3, "max_num_sequences": 4},
-        {"gpu_memory_utilization": 1.5},
-        {"dtype": "float64"},
-        {"max_model_len": "long"},
-    ],
-    ids=str,
-)
-def test_a_bad_setting_is_one_error_that_names_it(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(settings))):
-        EngineConfig(**settings)
-
-
-def test_more_pages_than_the_memory_holds_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"num_pages \d+ take \d+ bytes, but only \d+ are free"):
-        make_engine(num_pages=1 << 40)
