@@ -103,6 +103,7 @@ def changed() -> Iterator[Row]:
         "reordered channels": replace(QOQ, passes=(*QOQ.passes, ReorderChannels())),
         "32 windows": replace(QOQ, sequences=32),
         "64 windows": replace(QOQ, sequences=64),
+        "64 windows, propagation 0.5": replace(QOQ, sequences=64, propagation=0.5),
         "16 windows of 1024": replace(QOQ, length=1024),
         "down_proj at 8 bits": replace(QOQ, wide_linears=("mlp.down_proj",)),
     }
@@ -121,6 +122,7 @@ def dithered() -> Iterator[Row]:
         yield Row("dithered", name, RECIPES[name])
     for name in ("rtn", "qoq-paper-channel", "qoq"):
         yield Row("dithered", f"{name}, per channel", RECIPES[name], -1)
+    yield Row("dithered", "qoq, propagation 0.5", replace(QOQ, propagation=0.5))
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
