@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy
@@ -12,29 +11,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qserve.models.config import ModelConfig, ModelError
+from qserve.models.config import ModelError
 from qserve.models.gguf_source import GGUFSource
 from qserve.models.source import DirectorySource, WeightSource
+from qserve.testing.tiny import MemorySource
 
 _STEP_FIRST = (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0)
 """Types whose blocks begin with the step of their grid, a float16."""
 
 
-class HeldSource:
+class HeldSource(MemorySource):
     """A source's tensors and tokenizer, read once; the tokenizer is not saved."""
 
     def __init__(self, source: WeightSource) -> None:
-        self.hf_config: dict[str, Any] = source.hf_config
-        self.config: ModelConfig = source.config
-        self.quantization = source.quantization
-        self._tensors = {name: source.tensor(name) for name in source.names()}
+        super().__init__(source.hf_config, {name: source.tensor(name) for name in source.names()})
         self._tokenizer = source.tokenizer()
-
-    def names(self) -> set[str]:
-        return set(self._tensors)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qserve.formats.checkpoint import CheckpointWriter
 from qserve.models import names
-from qserve.models.config import ModelConfig
+from qserve.models.source import WeightSource
 from qserve.quant import layer, linear, pipeline, rounding
 from qserve.quant.recipe import RECIPES
 
@@ -55,25 +55,22 @@ class RandomText:
         }
 
 
-class RandomSource:
+class RandomSource(WeightSource):
     """Random weights of unit outputs for unit inputs, drawn anew at every reading."""
-
-    quantization = None
 
     def __init__(self, hf_config: dict[str, Any], device: str) -> None:
         self.hf_config, self._device = hf_config, device
-        self.config = ModelConfig.from_hf(hf_config)
         self._shapes = names.tensor_shapes(self.config)
 
     def names(self) -> set[str]:
         return set(self._shapes)
 
     def tensor(self, name: str) -> Tensor:
-        shape = self._shapes[name]
+        shape, dtype = self._shapes[name], self.config.dtype
         if len(shape) == 1:
-            return torch.full(shape, float("norm" in name), dtype=self.config.dtype)
+            return torch.full(shape, float("norm" in name), dtype=dtype)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.empty(shape, dtype=self.config.dtype, device=self._device)
+        drawn = torch.empty(shape, dtype=dtype, device=self._device)
         return drawn.normal_(std=shape[1] ** -0.5, generator=generator).cpu()
 
     def tokenizer(self) -> RandomText:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from qserve.engine.text import encode
+from qserve.models.config import first_line
 
 
 class TextError(ValueError):
@@ -54,8 +55,7 @@ def dataset_text(name: str) -> str:
     try:
         path = huggingface_hub.hf_hub_download(file.repository, file.path, repo_type="dataset")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TextError(f"{name}: the hub does not give it: {reason}") from error
+        raise TextError(f"{name}: the hub does not give it: {first_line(error)}") from error
     return "\n\n".join(parquet.read_table(path, columns=["text"])["text"].to_pylist())
 
 

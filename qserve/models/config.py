@@ -15,6 +15,11 @@ class ModelError(ValueError):
     """A model, its files or one of its tensors cannot be used; the message names it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a message of one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding: base frequency and context-extension scaling.

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
-from qserve.models.config import ModelConfig, ModelError, RopeConfig
+from qserve.models.config import ModelError, RopeConfig
 from qserve.models.rope import llama3_multipliers, unscaled_frequencies
 from qserve.models.tokenizer import load_gguf_tokenizer
+from qserve.models.weight_source import WeightSource
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -51,7 +52,7 @@ _LLAMA3_ROPE = RopeConfig(
 )
 
 
-class GGUFSource:
+class GGUFSource(WeightSource):
     """A `.gguf` file of the Llama family; tensors are dequantized to float32, one at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -68,14 +69,6 @@ class GGUFSource:
         if "token_embd.weight" not in self._stored:
             raise ModelError(f"{path}: tensor token_embd.weight is missing")
         self.hf_config = self._read_config()
-
-    @cached_property
-    def config(self) -> ModelConfig:
-        return ModelConfig.from_hf(self.hf_config)
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        return None
 
     def names(self) -> set[str]:
         return set(self._stored_names)

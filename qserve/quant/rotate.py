@@ -28,7 +28,7 @@ _WRITERS = names.OUTPUT + names.DOWN
 """Linears that write to it."""
 
 
-class RotatedSource:
+class RotatedSource(WeightSource):
     """A source whose residual stream is multiplied by a Hadamard matrix, its norms folded.
 
     The model computes what it did: RMSNorm without a weight commutes with an orthogonal matrix.
@@ -39,14 +39,6 @@ class RotatedSource:
         self._source = source
         self.rotation = hadamard(source.config.hidden_size).to(device)
         self.hf_config: dict[str, Any] = {**source.hf_config, "tie_word_embeddings": False}
-
-    @property
-    def config(self) -> ModelConfig:
-        return ModelConfig.from_hf(self.hf_config)
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        return self._source.quantization
 
     def names(self) -> set[str]:
         return self._source.names() | {names.LM_HEAD}

@@ -73,19 +73,11 @@ def tiny_tensors(hf_config: Mapping[str, Any], seed: int = 0) -> dict[str, Tenso
 
 
 @dataclass
-class MemorySource:
+class MemorySource(WeightSource):
     """A `WeightSource` whose tensors are given."""
 
     hf_config: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def config(self) -> ModelConfig:
-        return ModelConfig.from_hf(self.hf_config)
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        return self.hf_config.get("quantization_config")
 
     def names(self) -> set[str]:
         return set(self.tensors)
