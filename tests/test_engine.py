@@ -162,8 +162,8 @@ def test_a_prefix_hit_changes_what_is_computed_but_not_the_tokens() -> None:
                 request_cached = output.cached_tokens
         cached.append(request_cached)
         assert tokens == expected_tokens(prompt, 3)
-    assert cached == [0, 128, 64, 64, 0]
-    assert engine.stats.cached_tokens == 256
+    assert cached == [0, 128, 64, 0, 0]
+    assert engine.stats.cached_tokens == 192
 
 
 def test_sequences_of_one_request_share_its_prompt_and_draw_from_their_own_streams() -> None:

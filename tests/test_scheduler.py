@@ -112,6 +112,13 @@ def check_plan(scheduler: Scheduler, plan: StepPlan, limits: dict[str, int]) -> 
     assert all(chunk.length > 0 for chunk in plan.chunks)
 
 
+def check_chunks(plan: StepPlan) -> None:
+    """Single tokens are what was generated, or prompts as short as that."""
+    for chunk in plan.chunks:
+        is_of_prompt = chunk.start < chunk.sequence.num_prompt_tokens
+        assert chunk.length > 1 or not is_of_prompt or chunk.sequence.num_prompt_tokens == 1
+
+
 prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), min_size=1, max_size=8)
 
 
@@ -164,6 +171,8 @@ def test_any_schedule_yields_the_tokens_of_each_sequence_alone(
             plan = scheduler.schedule()
             if depth == 1:
                 check_plan(scheduler, plan, limits)
+            if limits["max_batched_tokens"] > 2:
+                check_chunks(plan)
             under_way.append((plan, device.run(plan)))
         scheduler.check_integrity()
         while len(under_way) >= depth or (under_way and not scheduler.num_running):
@@ -221,9 +230,43 @@ def test_decodes_go_with_prompt_chunks_under_the_budget() -> None:
         shapes.append([(chunk.start, chunk.length, chunk.samples) for chunk in plan.chunks])
     assert shapes == [
         [(3, 1, True), (0, 5, False)],
-        [(4, 1, True), (5, 5, False)],
-        [(5, 1, True), (10, 1, True)],
+        [(4, 1, True), (5, 4, False)],
+        [(5, 1, True), (9, 2, True)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((5, 3, 1), [[(0, 5)], [(5, 1), (0, 3), (0, 1)]]),
+        ((7, 1), [[(0, 5)], [(5, 2), (0, 1)]]),
+    ],
+    ids=["it would start with one", "one would be left"],
+)
+def test_others_wait_while_a_prompt_leaves_a_token_of_the_budget(
+    lengths: tuple[int, ...], expected: list[list[tuple[int, int]]]
+) -> None:
+    scheduler, device = make_scheduler(max_batched_tokens=6), Device()
+    for length in lengths:
+        scheduler.add(make_sequence(scheduler, list(range(1, 1 + length))))
+    shapes = []
+    for _ in expected:
+        scheduler.commit(plan := scheduler.schedule(), device.run(plan))
+        shapes.append([(chunk.start, chunk.length) for chunk in plan.chunks])
+    assert shapes == expected
+
+
+@pytest.mark.parametrize("budget", [1, 2])
+def test_a_budget_of_single_tokens_still_computes_prompts(budget: int) -> None:
+    scheduler = make_scheduler(max_num_sequences=budget, max_batched_tokens=budget)
+    device, sequences = Device(), []
+    for length in range(1, 6):
+        sequences.append(make_sequence(scheduler, list(range(1, 1 + length))))
+        scheduler.add(sequences[-1])
+    while scheduler.num_running + scheduler.num_waiting:
+        scheduler.commit(plan := scheduler.schedule(), device.run(plan))
+    for sequence in sequences:
+        check_output(sequence)
 
 
 def test_sequences_of_one_prompt_share_its_full_pages_within_a_single_step() -> None:
@@ -239,10 +282,11 @@ def test_sequences_of_one_prompt_share_its_full_pages_within_a_single_step() -> 
     assert scheduler._pool.num_used == 2 + 3
 
 
-def test_the_last_prompt_token_is_computed_even_if_all_pages_are_cached() -> None:
-    scheduler, device = make_scheduler(), Device()
-    for expected in ((0, 8), (4, 4)):
-        scheduler.add(sequence := make_sequence(scheduler, list(range(1, 9)), 1))
+@pytest.mark.parametrize(("length", "hit"), [(8, 4), (9, 4), (10, 8)])
+def test_two_prompt_tokens_are_computed_even_if_all_pages_are_cached(length: int, hit: int) -> None:
+    scheduler, device = make_scheduler(max_batched_tokens=16), Device()
+    for expected in ((0, length), (hit, length - hit)):
+        scheduler.add(sequence := make_sequence(scheduler, list(range(1, 1 + length)), 1))
         scheduler.commit(plan := scheduler.schedule(), device.run(plan))
         assert (plan.chunks[0].start, plan.chunks[0].length) == expected
         assert sequence.finish_reason is FinishReason.LENGTH

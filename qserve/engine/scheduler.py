@@ -56,6 +56,11 @@ class Scheduler:
     it. When a running sequence finds no page for its next token, the latest arrival gives up its
     pages and recomputes them later, so the earliest always advances: no one starves, and nothing
     deadlocks, since every sequence admitted fits the cache when it is alone.
+
+    Neither a cut nor a prefix hit leaves a single token of a prompt to a chunk of its own. Single
+    tokens go through the kernels of decodes, which round otherwise, so that a text would depend on
+    its chunks; and these kernels fetch older pages before a step writes its own, which a sequence
+    that has just been admitted may share.
     """
 
     def __init__(
@@ -72,7 +77,6 @@ class Scheduler:
         self._prefix_caching = prefix_caching
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
-        self._completed: set[int] = set()  # pages that the step being planned fills and publishes
         self.max_length = min(max_model_len, pool.num_pages * pool.page_size + 1)
         self.num_preemptions = 0
 
@@ -102,12 +106,11 @@ class Scheduler:
         """Plan the next step, as if every step planned before it had run."""
         chunks: list[ScheduledChunk] = []
         budget = self._max_batched_tokens
-        self._completed.clear()
         self._grow_running()
         for sequence in self._running:
-            budget -= self._plan_chunk(sequence, budget, chunks)
+            budget = self._plan_chunk(sequence, budget, chunks)
         while budget > 0 and self._admit_next(budget):
-            budget -= self._plan_chunk(self._running[-1], budget, chunks)
+            budget = self._plan_chunk(self._running[-1], budget, chunks)
         return StepPlan(tuple(chunks))
 
     def commit(self, plan: StepPlan, token_ids: Iterable[int]) -> list[Sequence]:
@@ -139,8 +142,10 @@ class Scheduler:
         self._pool.check_integrity([sequence.pages for sequence in self._running])
 
     def _plan_chunk(self, sequence: Sequence, budget: int, chunks: list[ScheduledChunk]) -> int:
-        """Append the sequence's next chunk, if any; return its length."""
-        length = 0 if sequence.awaits_token else min(sequence.num_uncomputed_tokens, budget)
+        """Append the sequence's next chunk, if any; return what others may have of the budget:
+        nothing, if it is cut."""
+        wanted = 0 if sequence.awaits_token else sequence.num_uncomputed_tokens
+        length = self._chunk_length(wanted, budget)
         if length > 0:
             start = sequence.num_computed_tokens
             samples = start + length == sequence.num_tokens
@@ -148,7 +153,19 @@ class Scheduler:
             sequence.num_computed_tokens += length
             sequence.num_pending_tokens += samples
             self._publish(sequence)
-        return length
+        return budget - length if length == wanted else 0
+
+    def _chunk_length(self, wanted: int, budget: int) -> int:
+        """How many of the tokens wanted are computed in this step.
+
+        A cut neither takes nor leaves a single one, unless a step can have no more than two.
+        """
+        if wanted <= budget:
+            return wanted
+        length = budget - (wanted == budget + 1)
+        if length > 1:
+            return length
+        return budget if budget == self._max_batched_tokens else 0
 
     def _grow_running(self) -> None:
         """Give running sequences pages for their next token, at the cost of the latest arrivals."""
@@ -168,7 +185,7 @@ class Scheduler:
             return False
         sequence = self._waiting[0]
         self._take_cached_pages(sequence)
-        if self._must_wait(sequence, budget):
+        if not self._can_start(sequence, budget):
             self._release_pages(sequence)
             return False
         for _ in range(self._num_missing_pages(sequence)):
@@ -179,20 +196,16 @@ class Scheduler:
         self._running.append(self._waiting.popleft())
         return True
 
-    def _must_wait(self, sequence: Sequence, budget: int) -> bool:
-        """There are not enough pages, or it has one token to compute that would read pages of this
-        very step: kernels for single tokens fetch older pages before the step writes its own."""
-        if self._num_missing_pages(sequence) > self._pool.num_free:
-            return True
-        is_single = min(sequence.num_uncomputed_tokens, budget) == 1
-        return is_single and not self._completed.isdisjoint(sequence.pages)
+    def _can_start(self, sequence: Sequence, budget: int) -> bool:
+        has_pages = self._num_missing_pages(sequence) <= self._pool.num_free
+        return has_pages and self._chunk_length(sequence.num_uncomputed_tokens, budget) > 0
 
     def _take_cached_pages(self, sequence: Sequence) -> None:
-        """Start from pages that hold the sequence's beginning; its last token is always
-        computed."""
+        """Start from pages that hold the sequence's beginning, all but two of its tokens at
+        most."""
         if not self._prefix_caching or sequence.needs_prompt_logprobs:
             return
-        limit = (sequence.num_tokens - 1) // self._pool.page_size
+        limit = max(sequence.num_tokens_to_hold - 2, 0) // self._pool.page_size
         matched = self._pool.match(sequence.token_ids, limit)
         sequence.pages = [cached.page for cached in matched]
         self._pool.acquire(sequence.pages)
@@ -214,7 +227,6 @@ class Scheduler:
             page = sequence.pages[index]
             sequence.prefix = self._pool.publish(page, sequence.prefix, sequence.token_ids, index)
             sequence.num_published_pages = index + 1
-            self._completed.add(page)
 
     def _preempt_latest(self) -> None:
         sequence = self._running.pop()
