@@ -16,7 +16,7 @@ from qserve.models.attention import DenseAttention, PagedAttention
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.decoder import Decoder
 from qserve.models.layers import FloatLinear, Head, QuantizedLinear, float_linear
-from qserve.models.loader import load_decoder, load_layer
+from qserve.models.loader import load_decoder
 from qserve.models.rope import rope_table
 from qserve.models.source import open_source
 from qserve.testing.tiny import (
@@ -255,15 +255,6 @@ def test_float_activations_use_the_dequantized_weight() -> None:
     down = load_decoder(source, torch.float32, activations="float").layers[1].down
     assert isinstance(down, FloatLinear)
     assert torch.equal(down.weight, grid.dequantize(grid.quantize(weight)))
-
-
-def test_one_layer_alone_is_the_layer_of_the_whole() -> None:
-    source = tiny_source(tiny_config("Qwen3ForCausalLM"))
-    alone, whole = load_layer(source, 1, torch.float32), load_decoder(source, torch.float32)
-    attention = DenseAttention(source.config, 5, rope_table(source.config, 5))
-    x, residual = torch.randn(5, 128), torch.randn(5, 128)
-    expected = whole.layers[1](x, residual, attention, 1)
-    assert all(map(torch.equal, alone(x, residual, attention, 1), expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

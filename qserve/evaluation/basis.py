@@ -24,11 +24,6 @@ _QUERY, _KEY, _VALUE = names.QKV
 _GATE, _UP = names.GATE_UP
 _OUTPUT, _DOWN = names.OUTPUT[0], names.DOWN[0]
 
-_NORMS = {
-    **dict.fromkeys(names.QKV, names.ATTENTION_NORM),
-    **dict.fromkeys(names.GATE_UP, names.MLP_NORM),
-}
-
 _EQUAL = 1e-3
 """Squared difference over square below which embeddings are one, in 16 bits or fewer."""
 
@@ -65,8 +60,8 @@ def read_weights(source: WeightSource, index: int, device: torch.device) -> Weig
         stored = read_weight(source, prefix + part)
         weight = stored if isinstance(stored, Tensor) else stored.dequantize()
         weights[part] = weight.to(device, torch.float32)
-        if part in _NORMS:
-            norm = source.tensor(prefix + _NORMS[part])
+        if part in names.NORM_BEFORE:
+            norm = source.tensor(prefix + names.NORM_BEFORE[part])
             weights[part] = weights[part] * norm.to(device, torch.float32)
     return weights
 
@@ -102,7 +97,7 @@ def _in_stream(weights: Weights, rotation: Tensor | None) -> Weights:
     if rotation is None:
         return weights
     return {
-        part: weight @ rotation if part in _NORMS else rotation.T @ weight
+        part: weight @ rotation if part in names.NORM_BEFORE else rotation.T @ weight
         for part, weight in weights.items()
     }
 

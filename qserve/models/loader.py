@@ -34,23 +34,13 @@ def load_decoder(
     """The whole model; ModelError or FormatError names what is missing, extra or does not fit."""
     check_names(source)
     config = source.config
-    reader = _Reader.of(source, dtype, device, activations)
+    shapes = names.tensor_shapes(config) | _center_shapes(source)
+    reader = _Reader(source, shapes, dtype, torch.device(device), activations)
     embedding = reader.tensor(names.EMBEDDING)
     head = embedding if config.tie_word_embeddings else reader.tensor(names.LM_HEAD)
     layers = [reader.layer(index) for index in range(config.num_layers)]
     norm = reader.norm(names.FINAL_NORM)
     return Decoder(config, embedding, layers, norm, Head.of(head), reader.key_centers())
-
-
-def load_layer(
-    source: WeightSource,
-    index: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    activations: Activations = "int8",
-) -> DecoderLayer:
-    """One layer, for who wants to hold one at a time."""
-    return _Reader.of(source, dtype, device, activations).layer(index)
 
 
 def check_names(source: WeightSource) -> None:
@@ -135,17 +125,6 @@ class _Reader:
     dtype: torch.dtype
     device: torch.device
     activations: Activations
-
-    @classmethod
-    def of(
-        cls,
-        source: WeightSource,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        activations: Activations,
-    ) -> _Reader:
-        shapes = names.tensor_shapes(source.config) | _center_shapes(source)
-        return cls(source, shapes, dtype, torch.device(device), activations)
 
     def tensor(self, name: str) -> Tensor:
         """One float tensor, by its full name."""

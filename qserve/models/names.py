@@ -16,6 +16,8 @@ ATTENTION_NORM = "input_layernorm.weight"
 MLP_NORM = "post_attention_layernorm.weight"
 QUERY_NORM = "self_attn.q_norm.weight"
 KEY_NORM = "self_attn.k_norm.weight"
+NORM_BEFORE = {**dict.fromkeys(QKV, ATTENTION_NORM), **dict.fromkeys(GATE_UP, MLP_NORM)}
+"""The norm whose output a linear reads; the other linears read none."""
 KEY_CENTER = "self_attn.k_center"
 """[Hkv, D]: what attention subtracts from keys before it stores them; quantized checkpoints only."""
 

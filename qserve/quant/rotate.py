@@ -18,14 +18,8 @@ from qserve.models.source import WeightSource
 from qserve.quant.calibrate import Layer
 from qserve.quant.hadamard import hadamard
 
-_READERS = {
-    **dict.fromkeys(names.QKV, names.ATTENTION_NORM),
-    **dict.fromkeys(names.GATE_UP, names.MLP_NORM),
-}
-"""Linears that read the residual stream, and the norms before them."""
-
 _WRITERS = names.OUTPUT + names.DOWN
-"""Linears that write to it."""
+"""Linears that write to the residual stream."""
 
 
 class RotatedSource(WeightSource):
@@ -64,10 +58,9 @@ class RotatedSource(WeightSource):
         linear, kind = linear.rsplit(".", 1)
         if linear in _WRITERS:
             return self.rotation.T @ tensor
-        if linear in _READERS and kind == "weight":
-            return (
-                tensor * self._read(names.layer_prefix(int(index)) + _READERS[linear])
-            ) @ self.rotation
+        if linear in names.NORM_BEFORE and kind == "weight":
+            norm = self._read(names.layer_prefix(int(index)) + names.NORM_BEFORE[linear])
+            return (tensor * norm) @ self.rotation
         return tensor
 
     def _head(self) -> Tensor:
