@@ -11,8 +11,10 @@ from torch import Tensor
 
 def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor of host values; on a GPU it is on its way without the host waiting for it."""
-    pinned = device.type != "cpu"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+    tensor = torch.tensor(values, dtype=dtype)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Readback:
