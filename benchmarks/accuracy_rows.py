@@ -35,12 +35,6 @@ class Row:
     calibration: str | None = None
     prompts: bool = False
 
-    @property
-    def is_seeded(self) -> bool:
-        """Whether the choice of calibration windows changes anything."""
-        plain = self.recipe.rounding == "nearest" and self.recipe.grid == "span"
-        return not plain or bool(self.recipe.passes) or self.recipe.k_center
-
 
 def methods() -> Iterator[Row]:
     for name, recipe in RECIPES.items():

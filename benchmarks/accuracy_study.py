@@ -122,7 +122,7 @@ class Study:
         ]
         jobs = [Job(None, 0, dither) for dither in self._sources]
         for seed in range(self.options.seeds):
-            for row in rows if seed == 0 else filter(lambda row: row.is_seeded, rows):
+            for row in rows if seed == 0 else filter(lambda row: row.recipe.is_calibrated, rows):
                 dithers = self.options.dither if row.section == "dithered" else [None]
                 jobs += [Job(row, seed, dither) for dither in dithers]
         return jobs

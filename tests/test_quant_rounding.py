@@ -66,10 +66,12 @@ def test_full_propagation_is_least_squares() -> None:
     served = exact + 0.3 * torch.randn(400, 128, dtype=torch.float64)
     moments = Moments.of([(exact, served, None)])
     inverse = InverseFactor.of(moments.hessian)
-    fitted = propagated(weight.double(), moments, inverse, 1.0)
+    assert moments.cross is not None
+    fitted = propagated(weight.double(), moments.cross, inverse, 1.0)
     expected = torch.linalg.lstsq(served, exact @ weight.double().T).solution.T
     assert torch.allclose(fitted, expected, atol=1e-8)
-    assert torch.equal(propagated(weight, moments, inverse, 0.0), weight)
+    halfway = propagated(weight.double(), moments.cross, inverse, 0.5)
+    assert torch.allclose(halfway, (weight + expected) / 2, atol=1e-8)
 
 
 def test_moments_count_tokens_by_the_residual_they_are_added_to() -> None:

@@ -145,7 +145,7 @@ class LayerQuantizer:
         self, layer: Layer, parts: Sequence[str], exact: PausedLayer, served: PausedLayer
     ) -> list[QuantizedWeight]:
         weights = [layer[f"{part}.weight"] for part in parts]
-        if not self._linear.needs_moments:
+        if not self.recipe.fits_weights:
             return self._linear.quantize_plainly(weights)
         moments = self._linear.moments(
             (x.to(self.device), y, None if residual is None else residual.to(self.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -21,12 +22,6 @@ class LinearQuantizer:
     recipe: Recipe
     group_size: int
 
-    @property
-    def needs_moments(self) -> bool:
-        """Whether calibration changes anything."""
-        plain = self.recipe.rounding == "nearest" and self.recipe.grid == "span"
-        return not plain or self.recipe.propagation > 0
-
     def moments(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> Moments:
         """What `quantize` needs of the inputs, as `Moments.of` takes them."""
         return Moments.of(batches, with_cross=self.recipe.propagation > 0)
@@ -37,15 +32,14 @@ class LinearQuantizer:
         """The weights on one grid each. ratios: by which to shrink the rows [N] of the first few,
         instead of a search."""
         hessian, weight = damped(moments.hessian, self.recipe.damping), torch.cat(list(weights))
-        inverse = None
-        if self.recipe.rounding == "gptq" or self.recipe.propagation > 0:
-            inverse = InverseFactor.of(hessian)
-            weight = propagated(weight, moments, inverse, self.recipe.propagation)
+        inverse = cache(partial(InverseFactor.of, hessian))
+        if moments.cross is not None:
+            weight = propagated(weight, moments.cross, inverse(), self.recipe.propagation)
         sizes = [len(own) for own in weights]
         grid = self._grid(weight.split(sizes), hessian, ratios)
         codes = grid.quantize(weight)
-        if self.recipe.rounding == "gptq" and inverse is not None:
-            codes = no_worse(gptq(weight, grid, inverse), codes, weight, grid, hessian)
+        if self.recipe.rounding == "gptq":
+            codes = no_worse(gptq(weight, grid, inverse()), codes, weight, grid, hessian)
         pieces = zip(split_grid(grid, sizes), codes.split(sizes), strict=True)
         return [own.pack(rounded) for own, rounded in pieces]
 

@@ -64,6 +64,18 @@ class Recipe:
     sequences: int = 32
     length: int = 512
 
+    @property
+    def fits_weights(self) -> bool:
+        """Whether weights are rounded by what calibration says of their inputs."""
+        return self.rounding == "gptq" or self.grid != "span" or self.propagation > 0
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether calibration changes anything at all."""
+        return (
+            self.fits_weights or self.k_center or bool(self.passes) or self.rotation == "measured"
+        )
+
     def is_wide(self, layer_index: int, linear: str) -> bool:
         """Whether a linear, by its name within its layer, is to be kept at 8 bits."""
         names_of_it = (linear, layer_prefix(layer_index) + linear)

@@ -115,15 +115,14 @@ class InverseFactor:
         return product[:, torch.argsort(self.order)]
 
 
-def propagated(weight: Tensor, moments: Moments, inverse: InverseFactor, strength: float) -> Tensor:
+def propagated(weight: Tensor, cross: Tensor, inverse: InverseFactor, strength: float) -> Tensor:
     """The weight [N, K] that makes up, by `strength`, for what the served inputs lack.
 
-    At strength 1 it is the least-squares fit of the exact outputs from the served inputs; inverse
-    is that of the damped second moment.
+    At strength 1 it is the least-squares fit of the exact outputs from the served inputs. cross: of
+    their `Moments`; inverse: of the damped second moment. Sources: QEP (arXiv 2504.09629), GPTAQ
+    (arXiv 2504.02692).
     """
-    if strength == 0 or moments.cross is None:
-        return weight
-    correction = inverse.solve(weight.double() @ moments.cross)
+    correction = inverse.solve(weight.double() @ cross)
     return weight + strength * correction.to(weight.dtype)
 
 
