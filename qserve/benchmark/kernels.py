@@ -13,9 +13,15 @@ from torch import Tensor
 
 from qserve.benchmark.attention import measure_copy_bandwidth
 from qserve.benchmark.tails import TailRow, bench_tails
-from qserve.benchmark.workloads import FAMILIES, activation, cuda_copies, random_weight
+from qserve.benchmark.workloads import (
+    FAMILIES,
+    activation,
+    cuda_copies,
+    random_int8_weight,
+    random_weight,
+)
 from qserve.formats.activation import QuantizedActivation
-from qserve.formats.weight import W4Weight
+from qserve.formats.weight import QuantizedWeight
 from qserve.kernels import (
     quantize_per_token,
     quantized_linear,
@@ -33,7 +39,13 @@ from qserve.testing.timing import (
 )
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
-OURS = {"group": 128, "channel": -1}
+W4 = {
+    "group": partial(random_weight, group_size=128),
+    "channel": partial(random_weight, group_size=-1),
+}
+OURS: dict[str, Callable[[int, int], QuantizedWeight]] = {**W4, "w8a8": random_int8_weight}
+"""Makes a weight [N, K] in each of our formats."""
+
 DTYPE = torch.bfloat16
 Producer = Callable[[Tensor], object]
 
@@ -133,36 +145,26 @@ def bench_gemms(
     """A row per linear and batch size."""
     for family in families:
         for linear, (rows, columns) in FAMILIES[family].items():
-            weights = {name: random_weight(rows, columns, size) for name, size in OURS.items()}
+            weights = {name: make(rows, columns) for name, make in OURS.items()}
             copies = {name: cuda_copies(weight) for name, weight in weights.items()}
             for count in tokens:
                 x = activation(count, columns)
                 for name, weight in weights.items():
                     _check(x, weight, copies[name][0])
                 times = _time_linear(x, rows, copies)
-                yield _gemm_row(family, linear, rows, columns, count, times, ceilings)
-
-
-def _gemm_row(
-    family: str,
-    linear: str,
-    rows: int,
-    columns: int,
-    tokens: int,
-    times: dict[str, Timing],
-    ceilings: Ceilings,
-) -> GemmRow:
-    seconds = {name: times[name].median * 1e-6 for name in OURS}
-    return GemmRow(
-        family,
-        linear,
-        rows,
-        columns,
-        tokens,
-        times,
-        {n: rows * columns / 2 / s / ceilings.copy_bandwidth for n, s in seconds.items()},
-        {n: 2 * rows * columns * tokens / s / ceilings.tensor_rate for n, s in seconds.items()},
-    )
+                seconds = {name: times[name].median * 1e-6 for name in OURS}
+                streamed = {n: copies[n][0].packed.nbytes / s for n, s in seconds.items()}
+                multiplied = {n: 2 * rows * columns * count / s for n, s in seconds.items()}
+                yield GemmRow(
+                    family,
+                    linear,
+                    rows,
+                    columns,
+                    count,
+                    times,
+                    {n: rate / ceilings.copy_bandwidth for n, rate in streamed.items()},
+                    {n: rate / ceilings.tensor_rate for n, rate in multiplied.items()},
+                )
 
 
 def bench_producers(
@@ -212,13 +214,12 @@ def bench_sustained(
 
     Peers take turns in two orders; the means are returned, and printed.
     """
-    peers: dict[str, list[Call]] = {"fp8": [], **{name: [] for name in OURS}}
+    peers: dict[str, list[Call]] = {"fp8": [], **{name: [] for name in W4}}
     for rows, columns in FAMILIES[family].values():
         peers["fp8"] += _fp8_calls(tokens, rows, columns, 2)
-        for name, size in OURS.items():
+        for name, make in W4.items():
             x = activation(tokens, columns)
-            weight = random_weight(rows, columns, size)
-            peers[name] += _our_calls(x, cuda_copies(weight)[:2])
+            peers[name] += _our_calls(x, cuda_copies(make(rows, columns))[:2])
     result = sustained(peers, seconds)
     for name, run in result.items():
         ratio = result["fp8"]["microseconds"] / run["microseconds"]
@@ -229,7 +230,7 @@ def bench_sustained(
     return result
 
 
-def _check(x: QuantizedActivation, weight: W4Weight, prepared: CudaWeight) -> None:
+def _check(x: QuantizedActivation, weight: QuantizedWeight, prepared: CudaWeight) -> None:
     """Compare with the reference's exact sums, which float32 on the GPU carries out exactly too."""
     expected = ExactFloatWeight.prepare(weight).apply(x, None, DTYPE)
     assert torch.equal(quantized_linear(x, prepared, None, DTYPE), expected), (

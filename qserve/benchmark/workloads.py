@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
-from qserve.formats.weight import W4Weight, fit_grid
+from qserve.formats.weight import QuantizedWeight, W4Weight, W8Weight, fit_grid
 from qserve.kernels.gemm_cuda import CudaWeight
 from qserve.testing.timing import copies_beyond_cache
 
@@ -55,8 +55,13 @@ def random_weight(rows: int, columns: int, group_size: int) -> W4Weight:
     return grid.pack(grid.quantize(weight))
 
 
-def cuda_copies(weight: W4Weight) -> list[CudaWeight]:
+def random_int8_weight(rows: int, columns: int) -> W8Weight:
+    """Gaussian weights [rows, columns], rounded to 8 bits."""
+    return W8Weight.quantize(torch.randn(rows, columns, device="cuda"))
+
+
+def cuda_copies(weight: QuantizedWeight) -> list[CudaWeight]:
     """The weight for the kernels, as many times as no cache holds."""
-    first = CudaWeight.prepare(weight, weight.qweight.device)
+    first = CudaWeight.prepare(weight, torch.device("cuda", torch.cuda.current_device()))
     copies = copies_beyond_cache(first.packed.nbytes)
     return [first] + [replace(first, packed=first.packed.clone()) for _ in range(copies - 1)]
