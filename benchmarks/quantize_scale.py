@@ -27,7 +27,7 @@ from qserve.quant import layer, linear, pipeline, rounding
 from qserve.quant.recipe import RECIPES
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "trial layers": (pipeline._Job, "_trial_errors"),
+    "trial layers": (pipeline.Job, "_trial_errors"),
     "reading": (pipeline, "read_layer"),
     "passes": (layer.LayerQuantizer, "_prepared"),
     "second moments": (linear.LinearQuantizer, "moments"),

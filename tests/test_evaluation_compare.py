@@ -17,8 +17,8 @@ from qserve.evaluation.compare import Comparison, Row, Study, compare
 from qserve.evaluation.perplexity import measure_perplexity
 from qserve.evaluation.report import comparison_lines, write_comparison
 from qserve.evaluation.sequences import EvaluatedModel
-from qserve.evaluation.text import TextError
-from qserve.quant.recipe import Recipe, RecipeError
+from qserve.models.config import ModelError
+from qserve.quant.recipe import Recipe
 from qserve.testing.tiny import MemorySource, save_tiny_model, tiny_source
 
 TEXT = "The quick brown fox jumps over the lazy dog; äöü. " * 12
@@ -99,10 +99,23 @@ def test_what_is_done_is_not_done_again(
     assert compare(study(source), tmp_path) == first and work == []
     both = compare(study(source, kv_bits=(None, 16)), tmp_path)
     assert work == ["measure_perplexity"] and both.rows[0] == first.rows[0]
+
+
+def test_seeds_are_for_recipes_that_are_calibrated(
+    source: MemorySource, tmp_path: Path, work: list[str]
+) -> None:
+    fitted = replace(NEAREST, name="fitted", rounding="gptq")
+    result = compare(study(source, recipes=[NEAREST, fitted], seeds=(0, 1)), tmp_path)
+    assert [(row.recipe, row.seed) for row in result.rows] == [
+        ("nearest", 0),
+        ("fitted", 0),
+        ("fitted", 1),
+    ]
+    assert result.rows[1].perplexity != result.rows[2].perplexity
     work.clear()
-    seeds = compare(study(source, seeds=(0, 1)), tmp_path)
+    again = compare(study(source, recipes=[fitted], seeds=(1, 2)), tmp_path)
     assert work == ["quantize", "diff_models", "measure_perplexity"]
-    assert seeds.rows[0] == first.rows[0]
+    assert again.rows[0] == result.rows[2]
 
 
 @pytest.mark.parametrize(
@@ -144,14 +157,40 @@ def test_goes_on_where_it_was_stopped(
     assert work == ["diff_models", "measure_perplexity"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 128}, "group size 128 does not divide"),
+        ({"text": "short"}, "less than one window"),
+        ({"calibration": "/nowhere/text"}, "/nowhere/text: no such file"),
+        ({"recipes": [NEAREST, replace(NEAREST, sequences=99)]}, "6336 are needed"),
+        ({"recipes": [replace(NEAREST, wide_linears=("lm_head",))]}, "named 'lm_head'"),
+        ({"kv_bits": (4, 5)}, "kv_bits must be 4, 8 or 16, got 5"),
+        ({"activation_bits": (4,)}, "activation_bits must be 8 or 16, got 4"),
+        ({"device": "abacus"}, "device 'abacus' is unknown"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else next(iter(each)),
+)
 def test_bad_studies_are_refused_before_any_work(
+    source: MemorySource,
+    tmp_path: Path,
+    work: list[str],
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(study(source, **changes), tmp_path)
+    assert work == [] and not list(tmp_path.iterdir())
+
+
+def test_a_quantized_model_is_refused_before_any_work(
     source: MemorySource, tmp_path: Path, work: list[str]
 ) -> None:
-    with pytest.raises(RecipeError, match="group size 128 does not divide"):
-        compare(study(source, group_size=128), tmp_path)
-    with pytest.raises(TextError, match="less than one window"):
-        compare(study(source, text="short"), tmp_path)
-    assert work == [] and not list(tmp_path.iterdir())
+    quantization = NEAREST.quantization(64).to_json()
+    done = MemorySource({**source.hf_config, "quantization_config": quantization}, source.tensors)
+    with pytest.raises(ModelError, match="quantized already"):
+        compare(study(done), tmp_path)
+    assert work == []
 
 
 def rows() -> list[Row]:

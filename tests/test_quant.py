@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -21,7 +22,7 @@ from qserve.models.config import ModelError
 from qserve.models.loader import load_decoder
 from qserve.models.rope import rope_table
 from qserve.models.source import WeightSource, open_source
-from qserve.quant import pipeline
+from qserve.quant import calibrate, pipeline
 from qserve.quant.calibrate import (
     CalibrationError,
     Layer,
@@ -203,7 +204,7 @@ def test_twice_with_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 STEPS: dict[str, tuple[type, str]] = {
-    "trial": (pipeline._Job, "_trial_error"),
+    "trial": (pipeline.Job, "_trial_error"),
     "layer": (LayerQuantizer, "quantize"),
     "passes": (LayerQuantizer, "_prepared"),
     "linear": (LinearQuantizer, "quantize"),
@@ -304,6 +305,30 @@ def test_calibration_text_of_a_file_is_used(tmp_path: Path) -> None:
         for run, origin in enumerate((None, str(text)))
     ]
     assert models[0]["model-00001.safetensors"] != models[1]["model-00001.safetensors"]
+
+
+def test_calibration_text_of_a_data_set_is_its_training_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"number {index}"} for index in range(9)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text('{"text": "unseen"}')
+    expected = [row["text"] for row in rows]
+    assert calibration_text(str(tmp_path)).split("\n\n") == expected
+    monkeypatch.setattr(calibrate, "_DATASET_CHARACTERS", 2 * len("number 0"))
+    assert calibration_text(str(tmp_path)).split("\n\n") == expected[:3]
+
+
+def test_calibration_text_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(CalibrationError, match=r"latin: not UTF-8 text at byte 2"):
+        calibration_text(str(tmp_path / "latin"))
+    with pytest.raises(CalibrationError, match=r"no-such: no such file or data set"):
+        calibration_text(str(tmp_path / "no-such"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"words": "not under this name"}')
+    with pytest.raises(CalibrationError, match=r"set: a data set without a column 'text'"):
+        calibration_text(str(tmp_path / "set"))
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from qserve.evaluation.text import text_windows
 from qserve.models import names
 from qserve.models.source import WeightSource, fingerprint
 from qserve.quant.calibrate import calibration_text
-from qserve.quant.pipeline import GroupSize, quantize, resolve_group_size
+from qserve.quant.pipeline import GroupSize, plan, quantize, resolve_group_size
 from qserve.quant.recipe import Recipe
 
 _DIFF_WINDOWS, _DIFF_LENGTH = 4, 512
@@ -37,8 +38,9 @@ _DIFF_WINDOWS, _DIFF_LENGTH = 4, 512
 class Study:
     """What is compared on which text.
 
-    seeds: of the choice of calibration windows, each recipe quantized with every one. kv_bits,
-    activation_bits: each checkpoint evaluated with every pair; None is the checkpoint's own.
+    seeds: of the choice of calibration windows; a recipe that uses them is quantized with every one,
+        others with the first.
+    kv_bits, activation_bits: each checkpoint is evaluated with every pair; None is its own.
     calibration: as of `quantize`. device: "auto" is the GPU where there is one.
     """
 
@@ -90,13 +92,20 @@ class Comparison:
 def compare(study: Study, output: Path, console: Console | None = None) -> Comparison:
     """Do what is not done yet, below `output`, and return all of the study's results.
 
-    console: where progress goes, stderr by default. Raises ValueError before any work starts if the
-    text is too short or a recipe does not go with the model.
+    console: where progress goes, stderr by default. Raises ValueError before any work starts if a
+    text is too short, a recipe does not go with the model, or a setting is out of range.
     """
+    _check(study)
+    return _Run(study, output, console or Console(stderr=True)).comparison()
+
+
+def _check(study: Study) -> None:
+    resolve_device(study.device)
+    for kv, activations in product(study.kv_bits, study.activation_bits):
+        EngineConfig(kv_bits=kv, activation_bits=activations)
     text_windows(study.source.tokenizer(), study.text, study.window_length, study.max_windows)
     for recipe in study.recipes:
-        resolve_group_size(study.source.config, recipe, study.group_size)
-    return _Run(study, output, console or Console(stderr=True)).comparison()
+        plan(study.source, recipe, study.group_size, study.calibration)
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class _Run:
         rows = [
             row
             for recipe in self.study.recipes
-            for seed in self.study.seeds
+            for seed in self.study.seeds[: None if recipe.is_calibrated else 1]
             for row in self._rows(recipe, seed)
         ]
         size = _bytes_in_16_bits(self.study.source)
@@ -127,31 +136,29 @@ class _Run:
             self._quantize(recipe, seed, checkpoint)
         key = (checkpoint_key, self._text_key)
         diff = self._stored(f"{name}-diff", key, partial(self._diff, checkpoint))
+        of_checkpoint = partial(
+            Row,
+            recipe=recipe.name,
+            seed=seed,
+            weight_bits=recipe.weight_bits,
+            group_size=size if recipe.weight_bits == 4 else -1,
+            bytes=sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
+            kl_divergence=diff["kl_divergence"],
+            top1_agreement=diff["top1_agreement"],
+            output_sqnr_db=tuple(layer["output"]["sqnr_db"] for layer in diff["layers"]),
+        )
         for kv, activations in self._formats(recipe):
             cell = f"{name}-a{activations}-kv{kv}"
             compute = partial(self._perplexity, checkpoint, kv, activations)
             perplexity = self._stored(cell, key, compute)["perplexity"]
             self.console.print(f"{cell}: perplexity {perplexity:.4f}")
-            yield Row(
-                recipe=recipe.name,
-                seed=seed,
-                weight_bits=recipe.weight_bits,
-                group_size=size if recipe.weight_bits == 4 else -1,
-                kv_bits=kv,
-                activation_bits=activations,
-                perplexity=perplexity,
-                bytes=sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
-                kl_divergence=diff["kl_divergence"],
-                top1_agreement=diff["top1_agreement"],
-                output_sqnr_db=tuple(layer["output"]["sqnr_db"] for layer in diff["layers"]),
-            )
+            yield of_checkpoint(kv_bits=kv, activation_bits=activations, perplexity=perplexity)
 
     def _formats(self, recipe: Recipe) -> list[tuple[int, int]]:
         """(KV bits, activation bits) of each evaluation of the recipe's checkpoints."""
         return [
             (kv or recipe.kv_bits, activations or recipe.activation_bits)
-            for kv in self.study.kv_bits
-            for activations in self.study.activation_bits
+            for kv, activations in product(self.study.kv_bits, self.study.activation_bits)
         ]
 
     def _quantize(self, recipe: Recipe, seed: int, checkpoint: Path) -> None:

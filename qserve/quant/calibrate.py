@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
-from qserve.models.config import ModelConfig
+from qserve.models.config import ModelConfig, first_line
 from qserve.models.source import WeightSource
 
 Layer = dict[str, Tensor]
@@ -19,6 +19,9 @@ Layer = dict[str, Tensor]
 
 FUSED_LINEARS = (names.QKV, names.OUTPUT, names.GATE_UP, names.DOWN)
 """The linears of a layer that share an input, in the order of computation."""
+
+_DATASET_CHARACTERS = 4_000_000
+"""Read of a data set, several times what any recipe calibrates with."""
 
 Steps = Generator[tuple[Tensor, Tensor | None], Tensor, Tensor]
 
@@ -47,12 +50,16 @@ def calibration_text(origin: str | None = None) -> str:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[name] for name in sorted(topics))
-    if Path(origin).is_file():
-        return Path(origin).read_text(encoding="utf-8", errors="replace")
-    return _dataset_text(origin)
+    if not Path(origin).is_file():
+        return _dataset_text(origin)
+    try:
+        return Path(origin).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{origin}: not UTF-8 text at byte {error.start}") from error
 
 
-def _dataset_text(name: str, characters: int = 4_000_000) -> str:
+def _dataset_text(name: str) -> str:
+    """The first texts of a data set's training split, as many as `_DATASET_CHARACTERS` hold."""
     try:
         import datasets
     except ImportError as error:
@@ -64,12 +71,12 @@ def _dataset_text(name: str, characters: int = 4_000_000) -> str:
         for row in datasets.load_dataset(name, split="train", streaming=True):
             texts.append(row["text"])
             total += len(texts[-1])
-            if total > characters:
+            if total > _DATASET_CHARACTERS:
                 break
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(
-            f"{name}: no such file or hub dataset with texts: {error}"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{name}: no such file or data set: {first_line(error)}") from error
+    except KeyError as error:
+        raise CalibrationError(f"{name}: a data set without a column 'text'") from error
     return "\n\n".join(texts)
 
 

@@ -53,6 +53,20 @@ def quantize(
     seed: which windows of it. console: where progress goes, stderr by default.
     Raises ModelError, RecipeError or CalibrationError before anything is written.
     """
+    job = plan(source, recipe, group_size, calibration, seed, device)
+    with torch.no_grad(), _progress(console or Console(stderr=True)) as progress:
+        job.run(CheckpointWriter(directory, job.fingerprint()), progress)
+
+
+def plan(
+    source: WeightSource,
+    recipe: str | Recipe,
+    group_size: GroupSize,
+    calibration: str | None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Job:
+    """What `quantize` would do; raises what it would."""
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     check_names(source)
     if source.quantization is not None:
@@ -62,9 +76,7 @@ def quantize(
     windows = calibration_windows(
         source.tokenizer(), calibration_text(calibration), recipe.sequences, recipe.length, seed
     )
-    job = _Job(source, recipe, size, windows, torch.device(device))
-    with torch.no_grad(), _progress(console or Console(stderr=True)) as progress:
-        job.run(CheckpointWriter(directory, job.fingerprint()), progress)
+    return Job(source, recipe, size, windows, torch.device(device))
 
 
 def resolve_group_size(config: ModelConfig, recipe: Recipe, group_size: GroupSize) -> int:
@@ -100,7 +112,9 @@ def _progress(console: Console) -> Progress:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A model, what is to be done to it, and calibration windows i64 [sequences, length]."""
+
     source: WeightSource
     recipe: Recipe
     group_size: int
@@ -114,6 +128,7 @@ class _Job:
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def run(self, writer: CheckpointWriter, progress: Progress) -> None:
+        """Write what is not written yet, and commit."""
         source = self._in_best_basis(progress)
         self._write_outer(source, writer)
         task = progress.add_task("Quantizing layers", total=source.config.num_layers)
