@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -98,6 +100,21 @@ def test_a_process_that_is_killed_ends_its_requests() -> None:
             assert "its process has ended" in list(lines)[-1]
         assert http.get("/health").status_code == 503
         refusal(http.post("/v1/completions", json={"prompt": "hello"}), 500)
+
+
+def test_signals_that_all_processes_get_are_the_servers_to_heed() -> None:
+    with serving() as (engine, http):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(engine._process.pid or 0, number)
+        body = {"prompt": "hello", "max_tokens": 30}
+        assert http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_it_ends_with_a_server_that_ends_at_once() -> None:
+    """At its exit, Python asks such processes to end, by a signal that this one ignores, and waits."""
+    start = "from test_server_process import EngineProcess, Stub; engine = EngineProcess(Stub, 1)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", start], env=environment, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

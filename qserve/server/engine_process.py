@@ -4,6 +4,7 @@ Python."""
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import multiprocessing
 import pickle
@@ -42,6 +43,7 @@ class EngineProcess(LoopedEngine):
             target=_run, args=(load, theirs), name="qserve-engine", daemon=True
         )
         self._process.start()
+        atexit.register(self._process.kill)  # unless `stop` comes first
         theirs.close()
         self.tokenizer, stats = self._wait_until_ready()
         super().__init__(stats, max_requests)
@@ -65,6 +67,7 @@ class EngineProcess(LoopedEngine):
         """End the process after the step under way; what is unfinished fails."""
         self._give(None)
         await asyncio.to_thread(self._process.join)
+        atexit.unregister(self._process.kill)
         self._fail("the server is shutting down")
 
     def _give(self, command: Command | None) -> None:
@@ -90,6 +93,7 @@ def _run(load: Callable[[], LoadedEngine], connection: Connection) -> None:
     except Exception as error:
         connection.send(error)
         return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # likewise a service manager
     connection.send((engine.tokenizer, engine.stats))
     gc.collect()
     gc.freeze()  # what is loaded stays; walking it in every full collection would stall all steps
