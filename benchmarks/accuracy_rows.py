@@ -91,7 +91,7 @@ def changed() -> Iterator[Row]:
         "SmoothAttention, searched": replace(QOQ, passes=(*QOQ.passes, SEARCHED_ATTENTION)),
         "smoothed outputs, searched": replace(QOQ, passes=(SEARCHED_OUTPUTS,)),
         "smoothed outputs, then rotated": replace(QOQ, passes=(SEARCHED_OUTPUTS, *QOQ.passes)),
-        "the same, propagation 0.5": replace(
+        "smoothed outputs, rotated, propagation 0.5": replace(
             QOQ, passes=(SEARCHED_OUTPUTS, *QOQ.passes), propagation=0.5
         ),
         "reordered channels": replace(QOQ, passes=(*QOQ.passes, ReorderChannels())),
