@@ -43,7 +43,7 @@ class AppendShape:
     @property
     def warps_per_token(self) -> int:
         """Warps hold heads of one role: query, key or value."""
-        heads_per_warp = 1024 // self.kv_format.head_dim
+        heads_per_warp = 512 // self.kv_format.head_dim
         query, kv = (
             -(-heads // heads_per_warp)
             for heads in (self.num_query_heads, self.kv_format.num_kv_heads)

@@ -1,17 +1,19 @@
 // RoPE, optional center and Hadamard, quantize and paged write of the new tokens, in one pass: a
-// thread holds chunks of both halves of one head, so that RoPE needs no exchange. A warp's heads are
-// all of one role (query, key or value).
+// thread holds a chunk of either half of one head, so that RoPE needs no exchange. A warp's heads
+// are all of one role (query, key or value).
+//
+// A warp mostly waits, for loads and for its own results: small shares of a head and few registers,
+// so that an SM holds many warps, are worth more than the instructions they cost.
 #include "half.cuh"
 #include "kv_page.cuh"
 
-constexpr int LANES = HEAD_DIM / 32;  // threads that hold one head
+constexpr int LANES = CHUNKS / 2;  // threads that hold one head
 constexpr int HEADS_PER_WARP = 32 / LANES;
 constexpr int QUERY_WARPS = (QUERY_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
 constexpr int KV_WARPS = (KV_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
 constexpr int TOKEN_WARPS = QUERY_WARPS + 2 * KV_WARPS;
 constexpr int QKV_HEADS = QUERY_HEADS + 2 * KV_HEADS;
-constexpr int OWN_CHUNKS = CHUNKS / LANES;  // of a thread: lane, lane + LANES, ...
-constexpr int OWN_PAIRS = OWN_CHUNKS / 2;   // chunk i and i + OWN_PAIRS are RoPE's two halves
+constexpr int BLOCKS_PER_SM = 1536 / THREADS;  // leaves 40 registers a thread
 constexpr float HALF_MAX = 65504.0f;
 
 // Makes the Hadamard matrix orthonormal; it is applied with the rotation, whose factors are there
@@ -36,19 +38,19 @@ struct Arguments {
 
 // One thread's part of a head.
 struct Channels {
-  float chunks[OWN_CHUNKS][CHUNK];
+  float chunks[2][CHUNK];
 
   template <class Body>
   __device__ __forceinline__ void each(Body body) {
 #pragma unroll
-    for (int i = 0; i < OWN_CHUNKS; i++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int j = 0; j < CHUNK; j++) body(chunks[i][j]);
   }
 };
 
-// The number of a thread's i-th chunk. Of values, neighbouring lanes take chunks that are stored in
-// the same 16 bytes.
+// The number of a thread's i-th chunk. Of queries and keys, the two are RoPE's; of values,
+// neighbouring lanes take chunks that are stored in the same 16 bytes.
 template <bool VALUE>
 DEVICE int own_chunk(int lane, int i) {
   const int place = lane + i * LANES;
@@ -57,18 +59,18 @@ DEVICE int own_chunk(int lane, int i) {
 
 template <bool VALUE>
 DEVICE void load_channels(Channels& x, const uint16* head, int lane) {
-  uint4 vectors[OWN_CHUNKS];
+  uint4 vectors[2];
 #pragma unroll
-  for (int i = 0; i < OWN_CHUNKS; i++)
+  for (int i = 0; i < 2; i++)
     vectors[i] = reinterpret_cast<const uint4*>(head)[own_chunk<VALUE>(lane, i)];
 #pragma unroll
-  for (int i = 0; i < OWN_CHUNKS; i++) unpack_vector<BFLOAT16>(vectors[i], x.chunks[i]);
+  for (int i = 0; i < 2; i++) unpack_vector<BFLOAT16>(vectors[i], x.chunks[i]);
 }
 
 template <bool BF16, bool VALUE>
 DEVICE void store_channels(uint16* head, int lane, const Channels& x) {
 #pragma unroll
-  for (int i = 0; i < OWN_CHUNKS; i++)
+  for (int i = 0; i < 2; i++)
     reinterpret_cast<uint4*>(head)[own_chunk<VALUE>(lane, i)] = pack_vector<BF16>(x.chunks[i]);
 }
 
@@ -80,31 +82,26 @@ DEVICE void load_chunk(float (&x)[CHUNK], const float* row, int chunk) {
 
 // The cosines and sines that a thread needs.
 struct Rotation {
-  float cosines[OWN_PAIRS][CHUNK], sines[OWN_PAIRS][CHUNK];
+  float cosines[CHUNK], sines[CHUNK];
 
   // row: HEAD_DIM / 2 cosines, then as many sines.
   __device__ __forceinline__ void load(const float* row, int lane) {
+    load_chunk(cosines, row, lane);
+    load_chunk(sines, row + HEAD_DIM / 2, lane);
 #pragma unroll
-    for (int i = 0; i < OWN_PAIRS; i++) {
-      load_chunk(cosines[i], row, lane + i * LANES);
-      load_chunk(sines[i], row + HEAD_DIM / 2, lane + i * LANES);
-#pragma unroll
-      for (int j = 0; j < CHUNK; j++) cosines[i][j] *= NORM, sines[i][j] *= NORM;
-    }
+    for (int j = 0; j < CHUNK; j++) cosines[j] *= NORM, sines[j] *= NORM;
   }
 };
 
 // Every product and sum is rounded by itself, as the reference's are (but for NORM).
 DEVICE void rotate(Channels& x, const Rotation& rotation) {
 #pragma unroll
-  for (int i = 0; i < OWN_PAIRS; i++)
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-      const float first = x.chunks[i][j], second = x.chunks[i + OWN_PAIRS][j];
-      const float cosine = rotation.cosines[i][j], sine = rotation.sines[i][j];
-      x.chunks[i][j] = __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
-      x.chunks[i + OWN_PAIRS][j] = __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine));
-    }
+  for (int j = 0; j < CHUNK; j++) {
+    const float first = x.chunks[0][j], second = x.chunks[1][j];
+    const float cosine = rotation.cosines[j], sine = rotation.sines[j];
+    x.chunks[0][j] = __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
+    x.chunks[1][j] = __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(first, sine));
+  }
 }
 
 DEVICE void butterfly(float& a, float& b) {
@@ -117,17 +114,12 @@ DEVICE void apply_hadamard(Channels& x, int lane) {
 #pragma unroll
   for (int bit = 1; bit < CHUNK; bit *= 2)
 #pragma unroll
-    for (int i = 0; i < OWN_CHUNKS; i++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int j = 0; j < CHUNK; j++)
         if (!(j & bit)) butterfly(x.chunks[i][j], x.chunks[i][j | bit]);
 #pragma unroll
-  for (int bit = 1; bit < OWN_CHUNKS; bit *= 2)
-#pragma unroll
-    for (int i = 0; i < OWN_CHUNKS; i++)
-#pragma unroll
-      for (int j = 0; j < CHUNK; j++)
-        if (!(i & bit)) butterfly(x.chunks[i][j], x.chunks[i | bit][j]);
+  for (int j = 0; j < CHUNK; j++) butterfly(x.chunks[0][j], x.chunks[1][j]);
 #pragma unroll
   for (int bit = 1; bit < LANES; bit *= 2) {
     const float sign = lane & bit ? -1.0f : 1.0f;
@@ -138,7 +130,7 @@ DEVICE void apply_hadamard(Channels& x, int lane) {
 
 DEVICE void subtract(Channels& x, const float* center, int lane) {
 #pragma unroll
-  for (int i = 0; i < OWN_CHUNKS; i++) {
+  for (int i = 0; i < 2; i++) {
     float values[CHUNK];
     load_chunk(values, center, lane + i * LANES);
 #pragma unroll
@@ -219,7 +211,7 @@ template <bool KEY>
 DEVICE void store_quantized(uint8* block, int token, int lane, const Channels& x,
                             const Grid& grid) {
 #pragma unroll
-  for (int i = 0; i < OWN_CHUNKS; i++) {
+  for (int i = 0; i < 2; i++) {
     const int chunk = own_chunk<!KEY>(lane, i);
     if (KEY)
       store_key_chunk(block, token, chunk, x.chunks[i], grid);
@@ -231,7 +223,8 @@ DEVICE void store_quantized(uint8* block, int token, int lane, const Channels& x
 }
 
 template <bool KEY>
-DEVICE void append(const Arguments& arguments, int64 slot, int head, int lane, Channels& x) {
+DEVICE void append(const Arguments& arguments, int token, int head, int lane, Channels& x) {
+  const int64 slot = arguments.slots[token];
   const int place = slot % PAGE_TOKENS;
   uint8* block = arguments.pool + (slot / PAGE_TOKENS * KV_HEADS + head) * BLOCK_BYTES;
   if constexpr (BITS == 16) {
@@ -243,8 +236,9 @@ DEVICE void append(const Arguments& arguments, int64 slot, int head, int lane, C
   }
 }
 
-// Slots, positions and the table are older than the preceding kernel, which makes qkv.
-extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Arguments arguments) {
+// Positions and the table are older than the preceding kernel, which makes qkv.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    rope_append(const Arguments arguments) {
   launch_dependents();
   const int warp = blockIdx.x * (THREADS / 32) + warp_index();
   const int token = warp / TOKEN_WARPS, unit = warp % TOKEN_WARPS;
@@ -257,7 +251,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Argument
   const int first_head = role == 0 ? 0 : QUERY_HEADS + (role - 1) * KV_HEADS;
   // Surplus lanes of a role's last warp repeat its last head, and store nothing.
   const int64 row = static_cast<int64>(token) * QKV_HEADS + first_head + min(head, heads - 1);
-  const int64 slot = arguments.slots[token];
   Rotation rotation;
   if (role < 2) rotation.load(arguments.rope_table + arguments.positions[token] * HEAD_DIM, lane);
   wait_for_predecessor();
@@ -265,14 +258,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(const Argument
   const uint16* source = arguments.qkv + row * HEAD_DIM;
   if (role == 2) {
     load_channels<true>(x, source, lane);
-    return append<false>(arguments, slot, head, lane, x);
+    return append<false>(arguments, token, head, lane, x);
   }
   load_channels<false>(x, source, lane);
   rotate(x, rotation);
   if (CENTERED && role == 1)
     subtract(x, arguments.key_center + min(head, KV_HEADS - 1) * HEAD_DIM, lane);
   if (HADAMARD) apply_hadamard(x, lane);
-  if (role == 1) return append<true>(arguments, slot, head, lane, x);
+  if (role == 1) return append<true>(arguments, token, head, lane, x);
   if (head >= QUERY_HEADS) return;
   const int64 query = static_cast<int64>(token) * QUERY_HEADS + head;
   store_channels<BFLOAT16, false>(arguments.q + query * HEAD_DIM, lane, x);
