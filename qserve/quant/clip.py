@@ -125,12 +125,11 @@ class _Candidate:
     zero: Tensor
 
     def loss(self, level1: Tensor, metric: Tensor) -> Tensor:
-        """[N, K/g]: what rounding level1 [N, K/g, g] loses; infinite if not valid."""
+        """[N, K/g]: what rounding level1 [N, K/g, g] loses. All codes may be used: rounding moves what
+        is within the protective range by half a scale, and so not beyond 8 bits."""
         scale, zero = self.scale[..., None], self.zero[..., None]
-        top = torch.floor(127 / self.scale + self.zero).clamp_(max=CODE_MAX)[..., None]
-        codes = torch.round(level1 / scale + zero).clamp_(min=0).minimum(top)
-        error = codes.sub_(zero).mul_(scale).sub_(level1)
-        return _weighted_square(error, metric).masked_fill(self.zero * self.scale > 127, torch.inf)
+        codes = torch.round(level1 / scale + zero).clamp_(0, CODE_MAX)
+        return _weighted_square(codes.sub_(zero).mul_(scale).sub_(level1), metric)
 
     def replaced(self, where: Tensor, other: _Candidate) -> _Candidate:
         return _Candidate(
@@ -147,4 +146,4 @@ def _candidates(level1: Tensor) -> Iterator[_Candidate]:
         scale = (spanning + step).clamp(1, 2 * PROTECTIVE_RANGE // CODE_MAX + 1)
         centre = CODE_MAX / 2 - (low + high) / 2 / scale
         for zero in (torch.floor(centre), torch.ceil(centre), torch.round(-low / scale)):
-            yield _Candidate(scale, zero.clamp(0, CODE_MAX))
+            yield _Candidate(scale, zero.clamp(0, CODE_MAX).minimum(torch.floor(127 / scale)))
