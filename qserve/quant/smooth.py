@@ -20,7 +20,7 @@ from qserve.quant.calibrate import Layer
 
 @dataclass(frozen=True)
 class Statistics:
-    """Largest magnitudes over calibration tokens.
+    """Largest magnitudes over a sample of calibration tokens.
 
     inputs: [K] of each fused linear's input, by its parts. query [Hq, D], key [Hkv, D]: after RoPE.
     """
@@ -35,6 +35,7 @@ class SmoothAttention:
     """Divide key channels by max|k|^key_strength / max|q|^query_strength, multiply queries by it.
 
     Both channels that RoPE turns into each other share a factor, and so do a key head's queries.
+    Where a norm after the projections would undo it (Qwen3), the layer stays as it is.
     """
 
     key_strength: float = 0.5
