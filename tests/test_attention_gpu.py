@@ -27,7 +27,7 @@ pytestmark = pytest.mark.gpu
 HEADS = [(32, 8), (8, 8), (16, 2), (7, 1), (28, 4), (32, 2), (12, 1)]
 RAGGED = [1, 63, 64, 65, 777, 2049, 3000, 1280]
 NUM_PAGES = 160
-LIMIT = {torch.float16: 1e-3, torch.bfloat16: 2.5e-3}  # rounding to bfloat16 alone makes 1.6e-3
+LIMIT = 1e-3
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,11 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def relative_errors(out: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """One per row."""
-    return (out.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    """One per row, in the l2 norm: what is left of the squared error without the one that rounding
+    exact results makes, which in bfloat16 is 1.6e-3 alone."""
+    error, rounding = out.double() - expected, expected.to(out.dtype).double() - expected
+    own = error.square().sum(dim=1) - rounding.square().sum(dim=1)
+    return own.clamp(min=0).sqrt() / expected.norm(dim=1)
 
 
 def assert_equal(found: QuantizedActivation, expected: QuantizedActivation) -> None:
@@ -85,7 +88,7 @@ def check(
 @pytest.mark.parametrize(("query_heads", "kv_heads"), HEADS)
 def test_decode(query_heads: int, kv_heads: int, bits: int, dim: int, dtype: torch.dtype) -> None:
     kv_format = KVFormat(bits, dim, kv_heads)
-    check(kv_format, query_heads, RAGGED, [1] * len(RAGGED), LIMIT[dtype], dtype)
+    check(kv_format, query_heads, RAGGED, [1] * len(RAGGED), LIMIT, dtype)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -31,9 +31,6 @@ def paged_attention(inputs: AttentionInputs) -> Tensor:
 
 def paged_attention_quantize(inputs: AttentionInputs) -> QuantizedActivation:
     """See `attention.paged_attention_quantize`; q is float16 or bfloat16."""
-    _require_served(inputs)
-    if _decodes_only(inputs) and len(inputs.q):
-        return decode_cuda.attend_quantize(inputs)
     return quantize_per_token(paged_attention(inputs))
 
 

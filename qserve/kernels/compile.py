@@ -104,8 +104,7 @@ def attention_variants(arch: str) -> list[Kernel]:
         kernels += [
             append_kernel(AppendShape(kv_format, heads, dtype, True, True)),
             decode_kernel(DecodeShape(kv_format, heads, dtype, shared, overlap)),
-            combine_kernel(heads, head_dim, dtype, False),
-            combine_kernel(heads, head_dim, dtype, True),
+            combine_kernel(heads, head_dim, dtype),
             gather_kernel(kv_format, dtype),
         ]
     return kernels

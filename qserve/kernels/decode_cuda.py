@@ -1,4 +1,4 @@
-"""Attention of decode steps over quantized pages on a GPU: a work list, our kernel, and its end.
+"""Attention of decode steps over quantized pages on a GPU: a work list, our kernel, and a sum.
 
 The work list is made once per step, on the device, and serves every layer.
 """
@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qserve.formats.activation import QuantizedActivation
 from qserve.formats.kv import KVFormat
-from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.jit import Kernel
 from qserve.kernels.paged import AttentionInputs, PagedBatch
 
@@ -29,33 +27,20 @@ QUERY_TILE = 8
 """Query heads that the tensor cores multiply at once."""
 
 WORK_ITEM_INTS = 8
-_READERS = 8
-_MERGERS = {64: 2, 128: 4}  # by head dim, as measured
-_MAX_PAGES_PER_READER = 3
-_MAX_COMBINE_THREADS = 512
+BLOCKS = 2
+"""Blocks of a multiprocessor, which share its memory: as one ends, the next kernel's first pages are
+on their way to the other's place."""
+
+_READERS = 4
+_BYTES_IN_FLIGHT = 8 << 10  # to a reader at a time, at the least
+_RESERVED_BYTES = 1 << 10  # of shared memory, for every block
 
 
 def attend(inputs: AttentionInputs, out: Tensor) -> None:
     """Fill the rows of out [T, Hq, D] whose sequences have one query."""
     plan = _launch_decode(inputs, out)
     if plan.max_splits > 1:
-        _launch_combine(inputs, plan, out, None)
-
-
-def attend_quantize(inputs: AttentionInputs) -> QuantizedActivation:
-    """Attention of sequences with one query each, as int8 per token: [T, Hq * D].
-
-    A token's heads are spread over the blocks, and its scale needs them all: a second launch, which
-    where sequences may be split is the one that adds up.
-    """
-    out = torch.empty_like(inputs.q)
-    plan = _launch_decode(inputs, out)
-    if plan.max_splits == 1:
-        return quantize_per_token(out.flatten(1))
-    rows, heads, head_dim = out.shape
-    quantized = QuantizedActivation.empty(rows, heads * head_dim, out.device)
-    _launch_combine(inputs, plan, out, quantized)
-    return quantized
+        _launch_combine(inputs, plan, out)
 
 
 def _launch_decode(inputs: AttentionInputs, out: Tensor) -> DecodePlan:
@@ -71,28 +56,24 @@ def _launch_decode(inputs: AttentionInputs, out: Tensor) -> DecodePlan:
     sizes = (batch.page_table.shape[1], plan.max_splits, inputs.scale * math.log2(math.e))
     targets = (out, plan.partials, plan.partial_sums)
     arguments = (q, inputs.pool, batch.page_table, *work, *targets, *sizes)
-    decode_kernel(shape)(device, (_multiprocessors(device),), arguments)
+    pieces = len(plan.items) * kv_format.num_kv_heads * shape.tiles
+    blocks = min(pieces, BLOCKS * _multiprocessors(device))
+    decode_kernel(shape)(device, (blocks,), arguments)
     return plan
 
 
-def _launch_combine(
-    inputs: AttentionInputs, plan: DecodePlan, out: Tensor, quantized: QuantizedActivation | None
-) -> None:
+def _launch_combine(inputs: AttentionInputs, plan: DecodePlan, out: Tensor) -> None:
     heads, head_dim = out.shape[1:]
-    sources = (plan.partials, plan.partial_sums, plan.splits, inputs.batch.query_start, out)
-    targets: tuple[Tensor | None, ...] = (None, None, None)
-    blocks = heads // _combined_heads(heads)
-    if quantized is not None:
-        targets, blocks = (quantized.codes, quantized.scale, quantized.row_sum), 1
-    kernel = combine_kernel(heads, head_dim, out.dtype, quantized is not None)
-    kernel(out.device, (len(plan.splits), blocks), (*sources, plan.max_splits, *targets))
+    sources = (plan.partials, plan.partial_sums, plan.splits, inputs.batch.query_start)
+    grid = (len(plan.splits), heads // _combined_heads(heads))
+    combine_kernel(heads, head_dim, out.dtype)(out.device, grid, (*sources, out, plan.max_splits))
 
 
 @dataclass(frozen=True)
 class DecodeShape:
     """What one variant of the decode kernel is compiled for; dtype is that of q and the output.
 
-    shared_bytes: shared memory that a block may have. overlap: start before the preceding kernel
+    shared_bytes: shared memory that a block alone on a multiprocessor may have. overlap: start before the preceding kernel
     has ended, which must not have made the work list.
     """
 
@@ -119,35 +100,32 @@ class DecodeShape:
 
     @property
     def readers(self) -> int:
-        """Warps that read pages: as many as can have one each on its way."""
-        return _READERS if self._pages_that_fit(_READERS) >= _READERS else _READERS // 2
-
-    @property
-    def mergers(self) -> int:
-        """Warps that combine what the readers found."""
-        return _MERGERS[self.kv_format.head_dim]
+        """Warps that read pages: as many as can work on one while another is on its way."""
+        return min(_READERS, self._pages_that_fit // 2)
 
     @property
     def stages(self) -> int:
         """Pages in shared memory at a time: as many for each reader, whose own they are."""
-        readers = self.readers
-        return min(self._pages_that_fit(readers) // readers, _MAX_PAGES_PER_READER) * readers
+        return self._pages_that_fit // self.readers * self.readers
+
+    @property
+    def in_flight(self) -> int:
+        """Pages on their way to one reader at a time."""
+        return -(-_BYTES_IN_FLIGHT // self.kv_format.block_bytes)
 
     @property
     def used_bytes(self) -> int:
         """Shared memory of a block; what it leaves, small kernels beside it may use."""
-        return self.readers * self._deposit_bytes + self.stages * self._stage_bytes + 16
+        return self.stages * self._stage_bytes
 
     @property
     def _stage_bytes(self) -> int:
-        return self.kv_format.block_bytes + 16
+        return self.kv_format.block_bytes + 3 * 8  # and three barriers
 
     @property
-    def _deposit_bytes(self) -> int:
-        return self.rows * ((self.kv_format.head_dim + 4) * 4 + 8) + 16
-
-    def _pages_that_fit(self, readers: int) -> int:
-        return (self.shared_bytes - readers * self._deposit_bytes - 16) // self._stage_bytes
+    def _pages_that_fit(self) -> int:
+        share = (self.shared_bytes + _RESERVED_BYTES) // BLOCKS - _RESERVED_BYTES
+        return share // self._stage_bytes
 
 
 @cache
@@ -157,7 +135,7 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
         "decode_attention.cu",
         "decode_attention",
         parameters="(6Pi3P2if)",
-        threads=(shape.readers + shape.mergers + 1) * 32,
+        threads=(shape.readers + 2) * 32,
         shared_bytes=shape.used_bytes,
         overlap=shape.overlap,
         constants={
@@ -169,8 +147,9 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
             "ROWS": shape.rows,
             "SPLIT_PAGES": SPLIT_PAGES,
             "WARPS": shape.readers,
-            "MERGERS": shape.mergers,
+            "BLOCKS": BLOCKS,
             "STAGES": shape.stages,
+            "IN_FLIGHT": shape.in_flight,
             "SHARED_BYTES": shape.used_bytes,
             "BFLOAT16": shape.dtype == torch.bfloat16,
         },
@@ -178,33 +157,26 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
 
 
 @cache
-def combine_kernel(
-    num_query_heads: int, head_dim: int, dtype: torch.dtype, quantize: bool
-) -> Kernel:
-    """The variant that adds up splits, a few heads to a block, or that makes a row int8."""
-    heads = num_query_heads if quantize else _combined_heads(num_query_heads)
-    columns = heads * head_dim
-    threads = min(-(-columns // (8 * 32)) * 32, _MAX_COMBINE_THREADS)
+def combine_kernel(num_query_heads: int, head_dim: int, dtype: torch.dtype) -> Kernel:
+    """The variant that adds up splits, a few heads to a block."""
+    heads = _combined_heads(num_query_heads)
     return Kernel(
         "decode_combine.cu",
         "decode_combine",
-        parameters="(5Pi3P)",
-        threads=threads,
+        parameters="(5Pi)",
+        threads=heads * head_dim // 8,
         overlap=True,
         constants={
             "QUERY_HEADS": num_query_heads,
             "HEADS": heads,
             "HEAD_DIM": head_dim,
-            "COLUMNS": columns,
-            "THREADS": threads,
-            "QUANTIZE": quantize,
             "BFLOAT16": dtype == torch.bfloat16,
         },
     )
 
 
 def _combined_heads(num_query_heads: int) -> int:
-    """Query heads of a block that only adds up."""
+    """Query heads of a block that adds up."""
     return next(heads for heads in (4, 3, 2, 1) if num_query_heads % heads == 0)
 
 

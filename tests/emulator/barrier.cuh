@@ -26,6 +26,8 @@ DEVICE void barrier_wait(uint32 barrier, uint32 phase) {
 
 DEVICE void publish_barriers() { __syncthreads(); }
 
+DEVICE void return_to_copies() {}
+
 DEVICE void fetch(uint32 destination, const uint8* source, uint32 bytes, uint32 barrier) {
   if (destination % 16 || bytes % 16) emulator::fail("misaligned copy");
   emulator::Barrier& state = emulator::barrier_at(barrier);

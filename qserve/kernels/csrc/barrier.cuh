@@ -41,6 +41,13 @@ DEVICE void publish_barriers() {
   __syncthreads();
 }
 
+// Lets a copy overwrite what this thread has written, once it knows of a later arrival.
+DEVICE void return_to_copies() {
+#if __CUDA_ARCH__ >= 900
+  fence_for_copy_engine();
+#endif
+}
+
 // Copies global to shared memory; `barrier`, which expects FETCHERS arrivals, completes when all has
 // come. What is fetched is read once, so it is the first to leave the L2 cache. On sm_90 this is one
 // bulk copy by one thread; before that, each thread of a warp copies 16 bytes at a time.

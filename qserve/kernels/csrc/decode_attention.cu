@@ -1,11 +1,11 @@
 // Attention of one query per sequence over quantized pages. A block is WARPS readers, each of which
-// works through whole pages, MERGERS that combine what the readers found of a piece of work, and
-// one warp that fetches; they meet at barriers in shared memory, never all at once.
+// works through whole pages, one warp that merges what the readers found of a piece of work, and one
+// that fetches; they meet at barriers in shared memory, never all at once.
 #include "decode_page.cuh"
 #include "decode_schedule.cuh"
 #include "page_ring.cuh"
 
-constexpr int THREADS = (WARPS + MERGERS + 1) * 32;
+constexpr int THREADS = (WARPS + 2) * 32;
 constexpr int DEPOSIT_ROW = HEAD_DIM + 4;  // floats; the padding spreads heads over the banks
 constexpr int QUERY_HEADS = KV_HEADS * GROUP;
 
@@ -21,16 +21,22 @@ struct Arguments {
   float score_unit;
 };
 
+// What a reader found of a piece of work. It lies where the last of the reader's pages lay.
+struct Deposit {
+  float output[ROWS][DEPOSIT_ROW];
+  float2 sums[ROWS];  // (maximum, weights)
+};
+static_assert(sizeof(Deposit) <= BLOCK_BYTES, "a deposit takes the place of a page");
+
 struct Shared {
   uint8 pages[STAGES][BLOCK_BYTES];
-  float deposits[WARPS][ROWS][DEPOSIT_ROW];
-  float2 deposit_sums[WARPS][ROWS];  // (maximum, weights)
-  uint64 full[STAGES], empty[STAGES], deposited[WARPS], drained[WARPS];
+  uint64 full[STAGES], deposited[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "STAGES is too large");
 
 extern __shared__ uint8 shared_memory[];
 DEVICE Shared& shared() { return *reinterpret_cast<Shared*>(shared_memory); }
+DEVICE Deposit& deposit_at(int stage) { return *reinterpret_cast<Deposit*>(shared().pages[stage]); }
 
 template <class T>
 DEVICE uint32 address(const T& object) {
@@ -40,19 +46,19 @@ DEVICE uint32 address(const T& object) {
 DEVICE void init_barriers() {
   for (int i = threadIdx.x; i < STAGES; i += THREADS) {
     barrier_init(address(shared().full[i]), FETCHERS);
-    barrier_init(address(shared().empty[i]), 1);
-  }
-  for (int i = threadIdx.x; i < WARPS; i += THREADS) {
     barrier_init(address(shared().deposited[i]), 1);
-    barrier_init(address(shared().drained[i]), MERGERS);
+    barrier_init(address(shared().empty[i]), 1);
   }
   publish_barriers();
 }
 
-// Into the reader's next stage, once it has given it back.
+// Into the reader's next stage, once it has given it back, and no sooner than IN_FLIGHT of its pages
+// before have come: pages on their way share the memory, so that more of them would all come late.
 DEVICE void fetch_page(const Arguments& arguments, int id, int kv_head,
                        const RingPosition& position) {
   const int64 block = static_cast<int64>(id) * KV_HEADS + kv_head;
+  const RingPosition earlier = position.before(IN_FLIGHT * WARPS);
+  barrier_wait(address(shared().full[earlier.stage]), earlier.phase);
   barrier_wait(address(shared().empty[position.stage]), position.phase ^ 1);
   fetch(address(shared().pages[position.stage]), arguments.pool + block * BLOCK_BYTES, BLOCK_BYTES,
         address(shared().full[position.stage]));
@@ -86,20 +92,22 @@ DEVICE void fetch_pages(const Arguments& arguments) {
                      static_cast<int64>(item.sequence) * arguments.table_width + item.first_page;
     const int newest = (item.end - 1) / PAGE_TOKENS - item.first_page;
     const int place = (lane + WARPS - turn) % WARPS;
-    for (int base = 0; base < item.pages; base += 32) {
-      const int ahead = base == 0 ? work.page_id : __ldg(ids + min(base + lane, item.pages - 1));
-      for (int row = 0; row < min(32, item.pages - base); row += WARPS) {
+    int ahead = work.page_id;
+    for (int base = 0; base < item.pages; base += PAGES_AHEAD) {
+      const int later = __ldg(ids + min(base + PAGES_AHEAD + lane, item.pages - 1));
+      for (int row = 0; row < min(PAGES_AHEAD, item.pages - base); row += WARPS) {
         const int id = __shfl_sync(FULL_WARP, ahead, row + place);
         const bool own = lane < WARPS && base + row + place < item.pages;
         if (base + row + WARPS > newest) wait_for_predecessor();
         fetch_row(arguments, own ? id : -1, work.kv_head, position);
       }
+      ahead = later;
     }
   });
 }
 
-// Leaves a reader's part of a piece of work for the mergers.
-DEVICE void deposit(Attention& attention, int reader) {
+// Leaves a reader's part of a piece of work for the merging warp.
+DEVICE void leave(Attention& attention, Deposit& deposit) {
   const int group = threadIdx.x % 32 / 4, column = threadIdx.x % 4;
 #pragma unroll
   for (int head = 0; head < 2; head++) {
@@ -107,23 +115,22 @@ DEVICE void deposit(Attention& attention, int reader) {
     const float weights = reduce_sum(attention.weights[head]);
     const float offset = reduce_sum(attention.offsets[head]);
     if (row >= ROWS) continue;
-    if (group == 0) shared().deposit_sums[reader][row] = {attention.maximum[head], weights};
+    if (group == 0) deposit.sums[row] = {attention.maximum[head], weights};
 #pragma unroll
     for (int i = 0; i < K_STEPS; i += 2) {
       const auto value = [&](int step, int odd) {
         return fmaf(attention.output[i + step][2 * odd + head],
                     odd ? CODE_UNIT * ODD_PAIR : CODE_UNIT, offset);
       };
-      float4* channels =
-          reinterpret_cast<float4*>(&shared().deposits[reader][row][16 * i + 4 * group]);
+      float4* channels = reinterpret_cast<float4*>(&deposit.output[row][16 * i + 4 * group]);
       *channels = {value(0, 0), value(0, 1), value(1, 0), value(1, 1)};
     }
   }
+  return_to_copies();
 }
 
 DEVICE void attend(const Arguments& arguments, int reader) {
   RingPosition position = {reader, 0};
-  uint32 drained_phase = 1;
   const bool leader = threadIdx.x % 32 == 0;
   for_each_work(arguments.work, [&](const Work& work, int turn) {
     const WorkItem& item = work.item;
@@ -137,18 +144,17 @@ DEVICE void attend(const Arguments& arguments, int reader) {
     attention.reset();
     for (int page = first; page < item.pages; page += WARPS) {
       const int token = (item.first_page + page) * PAGE_TOKENS;
-      barrier_wait(address(shared().full[position.stage]), position.phase);
-      attend_page(attention, address(shared().pages[position.stage]), item.begin - token,
-                  item.end - token, query);
+      const bool last = page + WARPS >= item.pages;
+      const int stage = position.stage;
+      barrier_wait(address(shared().full[stage]), position.phase);
+      attend_page(attention, address(shared().pages[stage]), item.begin - token, item.end - token,
+                  query);
       __syncwarp();
-      if (leader) barrier_arrive(address(shared().empty[position.stage]));
+      if (last) leave(attention, deposit_at(stage));
+      __syncwarp();
+      if (leader) barrier_arrive(address(last ? shared().deposited[stage] : shared().empty[stage]));
       position.advance(WARPS);
     }
-    barrier_wait(address(shared().drained[reader]), drained_phase);
-    drained_phase ^= 1;
-    deposit(attention, reader);
-    __syncwarp();
-    if (leader) barrier_arrive(address(shared().deposited[reader]));
   });
 }
 
@@ -157,18 +163,17 @@ struct Merged {
   float maximum = minus_infinity(), weights = 0;
   float4 output = {};
 
-  __device__ __forceinline__ Merged(int row, int channel, int turn, int parts) {
+  // The first `count` parts.
+  __device__ __forceinline__ Merged(const Deposit* const (&parts)[WARPS], int count, int row,
+                                    int channel) {
 #pragma unroll
     for (int part = 0; part < WARPS; part++)
-      if (part < parts)
-        maximum = fmaxf(maximum, shared().deposit_sums[(turn + part) % WARPS][row].x);
+      if (part < count) maximum = fmaxf(maximum, parts[part]->sums[row].x);
 #pragma unroll
     for (int part = 0; part < WARPS; part++) {
-      if (part >= parts) continue;
-      const int reader = (turn + part) % WARPS;
-      const float2 sums = shared().deposit_sums[reader][row];
-      const float4 value =
-          *reinterpret_cast<const float4*>(&shared().deposits[reader][row][channel]);
+      if (part >= count) continue;
+      const float2 sums = parts[part]->sums[row];
+      const float4 value = *reinterpret_cast<const float4*>(&parts[part]->output[row][channel]);
       const float share = power_of_two(sums.x - maximum);
       weights = fmaf(share, sums.y, weights);
       output.x = fmaf(share, value.x, output.x), output.y = fmaf(share, value.y, output.y);
@@ -196,35 +201,43 @@ DEVICE void store_merged(const Arguments& arguments, const WorkItem& item, int h
                                        pack_pair<BFLOAT16>(value.z * norm, value.w * norm)};
 }
 
+// A lane waits for the deposit of the reader of its number, and gives its stage back.
 DEVICE void merge(const Arguments& arguments) {
-  const int thread = threadIdx.x - WARPS * 32, lane = threadIdx.x % 32;
-  uint32 phases = 0;  // bit r: the parity of reader r's next deposit
+  const int lane = threadIdx.x % 32;
+  RingPosition next = {lane, 0};  // the reader's
+  uint32 phases = 0;              // bit s: the parity of the next deposit in its stage s
   wait_for_predecessor();
   for_each_work(arguments.work, [&](const Work& work, int turn) {
-    const int parts = min(work.item.pages, WARPS);
-    for (int part = 0; part < parts; part++) {
-      const int reader = (turn + part) % WARPS;
-      barrier_wait(address(shared().deposited[reader]), phases >> reader & 1);
-      phases ^= 1u << reader;
+    const int pages = work.item.pages, first = (lane + WARPS - turn) % WARPS;
+    const bool deposits = lane < WARPS && first < pages;
+    int stage = 0;
+    if (deposits) {
+      for (int page = first; page < pages; page += WARPS) stage = next.stage, next.advance(WARPS);
+      barrier_wait(address(shared().deposited[stage]), phases >> stage / WARPS & 1);
+      phases ^= 1u << stage / WARPS;
     }
-    for (int i = thread; i < work.rows() * HEAD_DIM / 4; i += MERGERS * 32) {
+    const Deposit* parts[WARPS];
+#pragma unroll
+    for (int part = 0; part < WARPS; part++)
+      parts[part] = &deposit_at(__shfl_sync(FULL_WARP, stage, (turn + part) % WARPS));
+    for (int i = lane; i < work.rows() * HEAD_DIM / 4; i += 32) {
       const int row = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
       store_merged(arguments, work.item, work.query_head() + row, channel,
-                   Merged(row, channel, turn, parts));
+                   Merged(parts, min(pages, WARPS), row, channel));
     }
     __syncwarp();
-    if (lane < parts) barrier_arrive(address(shared().drained[(turn + lane) % WARPS]));
+    if (deposits) barrier_arrive(address(shared().empty[stage]));
   });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     decode_attention(const Arguments arguments) {
   init_barriers();
   launch_dependents();
   const int warp = warp_index();
   if (warp < WARPS)
     attend(arguments, warp);
-  else if (warp < WARPS + MERGERS)
+  else if (warp == WARPS)
     merge(arguments);
   else
     fetch_pages(arguments);

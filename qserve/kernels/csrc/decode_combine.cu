@@ -1,6 +1,9 @@
-// The end of a decode step's attention: the splits of a sequence are added up, and if QUANTIZE the
-// token's row becomes int8. A block takes HEADS query heads of a sequence; all, if QUANTIZE.
-#include "quantize_row.cuh"
+// Adds up the splits of long sequences. A block takes HEADS query heads of a sequence, a thread
+// eight channels of one.
+#include "half.cuh"
+
+constexpr int WIDTH = 8;
+constexpr int THREADS = HEADS * HEAD_DIM / WIDTH;
 
 struct Arguments {
   const float* partials;
@@ -9,7 +12,6 @@ struct Arguments {
   const int* query_start;
   uint16* out;  // has the rows of sequences that were not split
   int max_splits;
-  Quantized quantized;  // if QUANTIZE; every sequence then has one query
 };
 
 constexpr int PARTS = 8;  // of splits, on their way together
@@ -53,39 +55,28 @@ struct Combined {
   }
 };
 
-// out: vector `vector` of the block's heads, whose first split's parts and sums are given.
-DEVICE void combine(float (&out)[WIDTH], const float* partials, const float2* sums, int splits,
-                    int vector) {
-  const float4* part = reinterpret_cast<const float4*>(partials) + vector * 2;
-  const float2* own_sums = sums + vector * WIDTH / HEAD_DIM;
+// With one block per SM asked for, the compiler leaves the loads of `add` together.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_combine(const Arguments arguments) {
+  const int sequence = blockIdx.x, splits = arguments.splits[sequence];
+  const int head = blockIdx.y * HEADS + threadIdx.x / (HEAD_DIM / WIDTH);
+  const int channel = threadIdx.x % (HEAD_DIM / WIDTH) * WIDTH;
+  launch_dependents();
+  // One block at least waits, so that this kernel does not end before its predecessor.
+  if (splits <= 1 && blockIdx.x + blockIdx.y > 0) return;
+  wait_for_predecessor();
+  if (splits <= 1) return;
+  const int64 first = static_cast<int64>(sequence) * arguments.max_splits * QUERY_HEADS + head;
+  const float4* parts =
+      reinterpret_cast<const float4*>(arguments.partials + first * HEAD_DIM + channel);
+  const float2* sums = arguments.partial_sums + first;
   Combined combined;
   for (int split = 0; split < splits; split += PARTS)
-    combined.add(part + split * (QUERY_HEADS * HEAD_DIM / 4), own_sums + split * QUERY_HEADS,
+    combined.add(parts + split * (QUERY_HEADS * HEAD_DIM / 4), sums + split * QUERY_HEADS,
                  splits - split);
   const float norm = 1.0f / combined.weights;
 #pragma unroll
-  for (int i = 0; i < WIDTH; i++) out[i] = combined.sum[i] * norm;
-}
-
-// With one block per SM asked for, the compiler leaves the loads of `add` together.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_combine(const Arguments arguments) {
-  const int sequence = blockIdx.x, first_head = blockIdx.y * HEADS;
-  const int splits = arguments.splits[sequence];
-  const int64 row = arguments.query_start[sequence];
-  launch_dependents();
-  wait_for_predecessor();
-  if (!QUANTIZE && splits <= 1) return;
-  uint16* out = arguments.out + (row * QUERY_HEADS + first_head) * HEAD_DIM;
-  const int64 first =
-      static_cast<int64>(sequence) * arguments.max_splits * QUERY_HEADS + first_head;
-  Values values;
-  values.each([&](int vector, float(&v)[WIDTH]) {
-    if (splits <= 1) return load_vector(v, out, vector);
-    combine(v, arguments.partials + first * HEAD_DIM, arguments.partial_sums + first, splits, vector);
-    if (QUANTIZE)
-      unpack_vector<BFLOAT16>(pack_vector<BFLOAT16>(v), v);
-    else
-      store_vector(out, vector, v);
-  });
-  if constexpr (QUANTIZE) quantize_row(values, arguments.quantized, row);
+  for (int i = 0; i < WIDTH; i++) combined.sum[i] *= norm;
+  const int64 row = static_cast<int64>(arguments.query_start[sequence]) * QUERY_HEADS + head;
+  *reinterpret_cast<uint4*>(arguments.out + row * HEAD_DIM + channel) =
+      pack_vector<BFLOAT16>(combined.sum);
 }

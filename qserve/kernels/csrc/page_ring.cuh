@@ -6,7 +6,9 @@
 // A barrier tells one phase from the next only, and copies may overtake one another: a stage's
 // successive pages must be one reader's, who waits for each of them.
 static_assert(STAGES % WARPS == 0, "a stage belongs to one reader");
-static_assert(32 % WARPS == 0, "the fetching warp has lanes for whole rows of pages");
+
+// The fetching warp has a lane for each reader, and the ids of whole rows of pages at a time.
+constexpr int PAGES_AHEAD = 32 / WARPS * WARPS;
 
 struct RingPosition {
   int stage;
@@ -15,5 +17,10 @@ struct RingPosition {
   __device__ __forceinline__ void advance(int pages) {
     stage += pages;
     if (stage >= STAGES) stage -= STAGES, phase ^= 1;
+  }
+  // At most STAGES pages before; a barrier that has not been used yet lets pass who waits for those.
+  __device__ __forceinline__ RingPosition before(int pages) const {
+    if (stage >= pages) return {stage - pages, phase};
+    return {stage - pages + STAGES, phase ^ 1};
   }
 };
