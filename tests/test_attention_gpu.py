@@ -16,7 +16,6 @@ from qserve.kernels import (
     PagedBatch,
     paged_attention,
     paged_attention_quantize,
-    prefill_cuda,
     quantize_per_token,
     rope_append,
 )
@@ -203,12 +202,6 @@ def test_chunks_and_decodes_in_one_batch(
     contexts, queries = [300, 65, 128, 1000, 1, 70, 64], [300, 1, 100, 2, 1, 70, 1]
     limit = 2e-3 if dtype == torch.float16 else 1e-2
     check(KVFormat(bits, dim, 2, dtype), 8, contexts, queries, limit, dtype, window)
-
-
-def test_chunks_in_a_small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_cuda, "WORKSPACE_BYTES", 3 * 1000 * 128 * 4)
-    contexts, queries = [900, 64, 1000, 200, 300], [300, 64, 100, 2, 1]
-    check(KVFormat(4, 128, 8), 32, contexts, queries, 2e-3)
 
 
 def test_attention_refuses_what_it_does_not_serve() -> None:

@@ -23,6 +23,7 @@ from qserve.kernels.compile import (
     draw_variants,
     inspect,
     norm_variants,
+    prefill_variants,
     producer_variants,
     require_no_hazards,
     require_sound,
@@ -58,6 +59,15 @@ def test_every_gemm_tile_compiles_soundly(arch: str, kind: str) -> None:
 def test_gemms_with_a_norm_compile_soundly() -> None:
     kernels = norm_variants("sm_90a")[5::6]  # of 4096 columns, after groups of 128
     require_sound(inspect(kernels, "sm_90a"))
+    if HAS_DISASSEMBLER:
+        require_no_hazards(kernels, "sm_90a")
+
+
+def test_prefill_attention_compiles_soundly_and_is_not_serialised() -> None:
+    kernels = prefill_variants("sm_90a")
+    require_sound(inspect(kernels, "sm_90a"))
+    for kernel in kernels:
+        assert "wgmma" not in build(kernel, "sm_90a").log, "the assembler serialises the multiplies"
     if HAS_DISASSEMBLER:
         require_no_hazards(kernels, "sm_90a")
 

@@ -1,4 +1,5 @@
-"""The paged kernels' own code, run on a CPU under random schedules: append, plan, decode, gather."""
+"""The paged kernels' own code, run on a CPU under random schedules: append, plan, decode, gather,
+prefill."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from qserve.kernels import (
     jit,
     kv_append_cuda,
     prefill_cuda,
+    prefill_sm90_cuda,
     rope_append,
 )
 from qserve.kernels.decode_cuda import MAX_SPLITS, SPLIT_PAGES, DecodePlan, DecodeShape
@@ -227,3 +229,58 @@ def test_gather(emulator: Emulator, bits: int, dim: int) -> None:
                 tokens = wanted.transpose(1, 2).flatten(0, 1)[: contexts[row], 1:]
                 rows = found[side][start : start + contexts[row]]
                 torch.testing.assert_close(rows.double(), tokens, rtol=1e-3, atol=1e-3)
+
+
+def prefill(
+    monkeypatch: pytest.MonkeyPatch,
+    kv_format: KVFormat,
+    query_heads: int,
+    contexts: list[int],
+    queries: list[int],
+    dtype: torch.dtype = torch.float16,
+    window: int | None = None,
+    blocks: int = 3,
+) -> float:
+    """The largest relative error of a row. Unused scales and outputs start as NaN; rows that are not
+    the kernel's stay so."""
+    monkeypatch.setattr(prefill_sm90_cuda, "_multiprocessors", lambda _: blocks)
+    num_pages, dim = sum(map(pages_of, contexts)) + 2, kv_format.head_dim
+    batch = random_batch(contexts, queries, num_pages)
+    pool = random_pool(kv_format, num_pages)
+    poison(pool, kv_format, batch)
+    q = torch.randn(sum(queries), query_heads, dim).to(dtype)
+    out = torch.full_like(q, math.nan)
+    inputs = AttentionInputs(q, batch, pool, kv_format, dim**-0.5, window)
+    served = torch.tensor(queries).repeat_interleave(torch.tensor(queries)) > 1
+    assert prefill_sm90_cuda.attend(inputs, out) == served.sum()
+    assert out[~served].isnan().all()
+    expected = attention_in_double(q, batch, pool, kv_format, dim**-0.5, window)
+    errors = (out.flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
+    return float(errors[served].max())
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "query_heads", "kv_heads", "window"),
+    [(4, 128, 8, 2, None), (4, 64, 3, 1, 70), (8, 128, 2, 2, 100), (8, 64, 7, 1, None)],
+)
+def test_prefill(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    dim: int,
+    query_heads: int,
+    kv_heads: int,
+    window: int | None,
+) -> None:
+    kv_format = KVFormat(bits, dim, kv_heads)
+    contexts, queries = [190, 1, 65, 130], [40, 1, 65, 2]
+    limit = 1.2e-3  # of the multiplies' float16 operands
+    assert prefill(monkeypatch, kv_format, query_heads, contexts, queries, window=window) < limit
+
+
+def test_prefill_of_bfloat16_in_one_block(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulator, "seed", 1)
+    kv_format, dtype = KVFormat(4, 128, 1), torch.bfloat16
+    assert prefill(monkeypatch, kv_format, 4, [300], [70], dtype, blocks=1) < 3e-3

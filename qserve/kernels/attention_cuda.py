@@ -1,7 +1,8 @@
 """Attention over quantized pages on a GPU; contract and reference are in `attention`.
 
 Sequences with one query (decode steps) go to our kernel, which reads the packed pages as they are.
-Those with more (prefill chunks), and 16-bit pages, are the business of `prefill_cuda`.
+Those with more (prefill chunks) go to one that does so too on Hopper (`prefill_sm90_cuda`); elsewhere,
+and over 16-bit pages, they are the business of `prefill_cuda`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qserve.formats.activation import QuantizedActivation
-from qserve.kernels import decode_cuda, prefill_cuda
+from qserve.kernels import decode_cuda, prefill_cuda, prefill_sm90_cuda
 from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.op import OpError
 from qserve.kernels.paged import AttentionInputs
@@ -22,8 +23,7 @@ def paged_attention(inputs: AttentionInputs) -> Tensor:
     out = torch.empty_like(inputs.q)
     done = 0
     if not _decodes_only(inputs):
-        min_query_len = 1 if inputs.kv_format.bits == 16 else 2
-        done = prefill_cuda.attend(inputs, min_query_len, out)
+        done = _prefill(inputs, out)
     if done < len(out):
         decode_cuda.attend(inputs, out)
     return out.flatten(1)
@@ -32,6 +32,13 @@ def paged_attention(inputs: AttentionInputs) -> Tensor:
 def paged_attention_quantize(inputs: AttentionInputs) -> QuantizedActivation:
     """See `attention.paged_attention_quantize`; q is float16 or bfloat16."""
     return quantize_per_token(paged_attention(inputs))
+
+
+def _prefill(inputs: AttentionInputs, out: Tensor) -> int:
+    """Fill the rows of out that are not the decode kernel's; returns how many those are."""
+    if prefill_sm90_cuda.serves(inputs):
+        return prefill_sm90_cuda.attend(inputs, out)
+    return prefill_cuda.attend(inputs, 1 if inputs.kv_format.bits == 16 else 2, out)
 
 
 def _decodes_only(inputs: AttentionInputs) -> bool:

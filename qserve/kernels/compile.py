@@ -18,6 +18,7 @@ from qserve.kernels.jit import Build, Kernel, KernelError, build_all
 from qserve.kernels.kv_append_cuda import AppendShape, append_kernel
 from qserve.kernels.op import FLOAT_DTYPES
 from qserve.kernels.prefill_cuda import gather_kernel
+from qserve.kernels.prefill_sm90_cuda import prefill_kernel
 from qserve.kernels.producers_cuda import PRODUCERS, producer_kernel
 from qserve.kernels.round_columns_cuda import round_columns_kernel
 from qserve.kernels.sass_check import disassemble, hazards
@@ -35,6 +36,7 @@ POLICIES = (
 )
 PRODUCER_COLUMNS = (576, 4096, 14336, 28672)
 HEAD_COUNTS = ((32, 8), (32, 32), (9, 3))
+FLOAT16_TYPES = (torch.float16, torch.bfloat16)
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10}
 """Shared memory one block may have."""
 
@@ -110,6 +112,16 @@ def attention_variants(arch: str) -> list[Kernel]:
     return kernels
 
 
+def prefill_variants(arch: str) -> list[Kernel]:
+    """Attention of prompt chunks straight from pages, which is for Hopper."""
+    choices = itertools.product((4, 8), (64, 128), HEAD_COUNTS, FLOAT16_TYPES)
+    return [
+        prefill_kernel(KVFormat(bits, head_dim, kv_heads), heads // kv_heads, dtype)
+        for bits, head_dim, (heads, kv_heads), dtype in choices
+        if arch == "sm_90a"
+    ]
+
+
 def draw_variants() -> list[Kernel]:
     """Drawing tokens from logits of every type."""
     return [draw_kernel(dtype) for dtype in FLOAT_DTYPES]
@@ -122,6 +134,7 @@ def all_variants(arch: str) -> list[Kernel]:
         *norm_variants(arch),
         *producer_variants(),
         *attention_variants(arch),
+        *prefill_variants(arch),
         *draw_variants(),
         round_columns_kernel(),
     ]

@@ -37,6 +37,13 @@ class PagedBatch:
     lengths: tuple[tuple[int, int], ...] | None = None
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def known_lengths(self) -> tuple[tuple[int, int], ...]:
+        """`lengths`; where there are none, the host waits for the device's."""
+        if self.lengths is not None:
+            return self.lengths
+        queries = self.query_start.diff()
+        return tuple(zip(queries.tolist(), self.context_lens.tolist(), strict=True))
+
     @classmethod
     def of_lengths(
         cls,

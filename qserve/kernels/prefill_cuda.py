@@ -1,4 +1,4 @@
-"""Attention of prefill chunks over quantized pages on a GPU.
+"""Attention of prefill chunks over quantized pages on a GPU without a kernel of its own for them.
 
 Pages are dequantized into a workspace of bounded size, over which the library's varlen flash
 attention runs: a few sequences, and where those are long a few heads, at a time.
@@ -76,7 +76,7 @@ def _plan(batch: PagedBatch, kv_format: KVFormat, min_query_len: int) -> _Plan:
 
 
 def _make_plan(batch: PagedBatch, kv_format: KVFormat, min_query_len: int) -> _Plan:
-    lengths = batch.lengths or _read_lengths(batch)
+    lengths = batch.known_lengths()
     chunks = [i for i, (queries, _) in enumerate(lengths) if queries >= min_query_len]
     longest = max((lengths[i][1] for i in chunks), default=1)
     head_bytes = 2 * kv_format.head_dim * 2
@@ -85,12 +85,6 @@ def _make_plan(batch: PagedBatch, kv_format: KVFormat, min_query_len: int) -> _P
     starts = [0, *accumulate(queries for queries, _ in lengths)]
     runs = _runs([(i, lengths[i][1]) for i in chunks], limit)
     return _Plan([_make_run(batch, run, starts, lengths) for run in runs], heads)
-
-
-def _read_lengths(batch: PagedBatch) -> tuple[tuple[int, int], ...]:
-    """The host waits for the device."""
-    queries = batch.query_start.diff()
-    return tuple(zip(queries.tolist(), batch.context_lens.tolist(), strict=True))
 
 
 def _runs(chunks: list[tuple[int, int]], limit: int) -> Iterator[range]:

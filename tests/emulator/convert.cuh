@@ -30,4 +30,19 @@ DEVICE uint32 pack_pair(float low, float high) {
   return to_half<BF16>(low) | uint32(to_half<BF16>(high)) << 16;
 }
 
+DEVICE uint32 and_or(uint32 a, uint32 mask, uint32 bits) { return a & mask | bits; }
+
+// The sum of a product of two halves and a third is exact in double.
+DEVICE uint32 multiply_add(uint32 a, uint32 b, uint32 c) {
+  uint32 pair = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const _Float16 sum = double(from_half<false>(a >> shift)) * from_half<false>(b >> shift) +
+                         from_half<false>(c >> shift);
+    uint16 bits;
+    std::memcpy(&bits, &sum, 2);
+    pair |= uint32(bits) << shift;
+  }
+  return pair;
+}
+
 DEVICE float power_of_two(float x) { return exp2f(x); }

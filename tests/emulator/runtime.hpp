@@ -84,11 +84,18 @@ struct Copy {
   long due;
 };
 
+struct Multiply {  // what a thread brings to a warpgroup's multiply
+  float* d;
+  unsigned a[4];
+};
+
 inline Fiber* current;
 inline ucontext_t scheduler;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline std::vector<Fiber*> runnable;
 inline std::array<Meeting, 32> warps;
+inline std::array<Meeting, 8> warpgroups;
+inline std::array<Multiply, 1024> multiplies;
 inline Meeting block;
 inline std::map<unsigned, Barrier> barriers;
 inline std::vector<Copy> copies;
@@ -221,7 +228,7 @@ inline void create_fiber(unsigned thread) {
 }
 
 inline void run_block(int threads) {
-  warps = {}, block = {}, finished = 0, block_threads = threads;
+  warps = {}, warpgroups = {}, block = {}, finished = 0, block_threads = threads;
   runnable.clear(), copies.clear(), barriers.clear();
   std::memset(shared_memory, 0xFF, SHARED_LIMIT);
   for (int thread = 0; thread < threads; thread++) create_fiber(thread);
@@ -270,6 +277,35 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline int __float2int_rn(float a) { return std::isnan(a) ? 0 : std::nearbyint(a); }
+
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; i++)
+    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return result;
+}
+
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8)
+    sum += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
+  return sum;
+}
+
+inline int __reduce_add_sync(unsigned, int value) {
+  return emulator::warp_wide("redux.add", {static_cast<unsigned>(value)},
+                             [](const emulator::Lanes& lanes, int) {
+                               emulator::Words sum = {};
+                               for (const emulator::Words& lane : lanes) sum[0] += lane[0];
+                               return sum;
+                             })[0];
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return emulator::warp_wide("redux.max", {value}, [](const emulator::Lanes& lanes, int) {
+    return *std::max_element(lanes.begin(), lanes.end());
+  })[0];
+}
 
 template <class T>
 T __ldg(const T* address) {

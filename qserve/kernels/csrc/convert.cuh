@@ -25,6 +25,20 @@ DEVICE uint32 pack_pair(float low, float high) {
   return pair;
 }
 
+// a & mask | bits.
+DEVICE uint32 and_or(uint32 a, uint32 mask, uint32 bits) {
+  uint32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  return result;
+}
+
+// a * b + c of two pairs of float16, each rounded once.
+DEVICE uint32 multiply_add(uint32 a, uint32 b, uint32 c) {
+  uint32 pair;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
+
 // Approximate to two units in the last place; the result for -infinity is 0.
 DEVICE float power_of_two(float x) {
   float y;

@@ -211,6 +211,19 @@ DEVICE uint64 wgmma_descriptor(uint32 address) {
   return swizzle_128 | eight_rows | unused | (address & 0x3FFFF) >> 4;
 }
 
+// Keeps what is computed of operands or results on its side of a fence or a wait.
+template <int N>
+DEVICE void pin(uint32 (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+template <int N>
+DEVICE void pin(float (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
 template <int REGISTERS>
 DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
