@@ -13,14 +13,14 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from torch import Tensor
+from gguf_helpers import write_gguf
 
 from qserve.config import EngineConfig
 from qserve.engine.loading import load_model
 from qserve.evaluation.sequences import SequenceScorer
 from qserve.models import names
 from qserve.models.source import open_source
-from qserve.testing.tiny import save_tiny_model
+from qserve.testing.tiny import save_tiny_model, tiny_source
 
 BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 
@@ -54,26 +54,6 @@ def _study(tmp_path: Path, **options: Any) -> Any:
     return Study(argparse.Namespace(**{**defaults, **options}))
 
 
-def _write_gguf(path: Path, weight: Tensor, kind: gguf.GGMLQuantizationType) -> Path:
-    """As much of a model as a source needs to give its one quantized weight."""
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_embedding_length(64)
-    writer.add_block_count(1)
-    writer.add_head_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_context_length(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    embedding = torch.randn(320, 64)
-    writer.add_tensor("token_embd.weight", embedding.numpy())
-    packed = gguf.quantize(weight.numpy(), kind)
-    writer.add_tensor("blk.0.ffn_down.weight", packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [(gguf.GGMLQuantizationType.Q4_1, 15), (gguf.GGMLQuantizationType.Q8_0, 254)],
@@ -83,9 +63,10 @@ def test_noise_stays_within_half_a_step_and_follows_its_seed(
 ) -> None:
     from accuracy_sources import dithered_source
 
-    weight = torch.randn(64, 64)
-    source = open_source(str(_write_gguf(tmp_path / "model.gguf", weight, kind)))
-    name = "model.layers.0.mlp.down_proj.weight"
+    original, name = tiny_source(), "model.layers.0.mlp.down_proj.weight"
+    weight = original.tensor(name)
+    path = write_gguf(tmp_path / "model.gguf", original, "llama", {name: kind})
+    source = open_source(str(path))
     first, second, again = (dithered_source(source, seed).tensor(name) for seed in (1, 2, 1))
     assert torch.equal(first, again) and not torch.equal(first, second)
     blocks = weight.reshape(-1, 32)
