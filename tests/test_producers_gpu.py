@@ -53,6 +53,13 @@ def test_quantize_of_zeros_and_ties() -> None:
     assert torch.equal(found.scale, expected.scale)
 
 
+def test_quantize_of_values_below_all_normal_floats() -> None:
+    x = (torch.randn(8, 64) * 1e-38).bfloat16()
+    found, expected = on_cpu(quantize_per_token(x.cuda())), quantize_per_token(x)
+    for name, tensor in vars(expected).items():
+        assert torch.equal(getattr(found, name), tensor), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])

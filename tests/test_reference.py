@@ -89,6 +89,13 @@ def test_activation_rounding_rule() -> None:
     assert quantized.row_sum.tolist() == [0, 0]
 
 
+def test_activations_below_all_normal_floats_have_codes() -> None:
+    x = torch.tensor([[1e-38, -1e-38, 0, 5e-39], [1e-44, 0, 0, -1e-44]])
+    codes = quantize_activation(x).codes
+    assert (codes[0, :2].tolist(), codes[0, 2:].tolist()) == ([3, -3], [0, 2])
+    assert codes[1].tolist() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rms_norm_and_its_quantized_twin(dtype: torch.dtype) -> None:
     x, residual = torch.randn(5, 96).to(dtype), torch.randn(5, 96).to(dtype)

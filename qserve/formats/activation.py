@@ -39,13 +39,13 @@ class QuantizedActivation:
 def quantize_activation(x: Tensor) -> QuantizedActivation:
     """Quantize x [M, K] (any float dtype) per token.
 
-    In float32: scale = amax / 127, inverse = 127 / amax (0 for a row of zeros),
+    In float32: scale = amax / 127, inverse = 127 / amax (at most the largest float),
     code = round_half_to_even(x * inverse). Not finite inputs have no meaning here.
     """
     values = x.to(torch.float32)
     amax = values.abs().amax(dim=-1)
     limit = torch.full_like(amax, ACTIVATION_MAX)  # torch divides by a number as it likes
-    inverse = torch.where(amax > 0, limit / amax, torch.zeros_like(amax))
+    inverse = (limit / amax).clamp_(max=torch.finfo(torch.float32).max)
     codes = torch.round(values * inverse[:, None]).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
     return QuantizedActivation(
         codes=codes.to(torch.int8),
