@@ -307,27 +307,6 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   })[0];
 }
 
-inline int __dp4a(int a, int b, int sum) {
-  for (int i = 0; i < 32; i += 8)
-    sum += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
-  return sum;
-}
-
-inline int __reduce_add_sync(unsigned, int value) {
-  return emulator::warp_wide("redux.add", {static_cast<unsigned>(value)},
-                             [](const emulator::Lanes& lanes, int) {
-                               emulator::Words sum = {};
-                               for (const emulator::Words& lane : lanes) sum[0] += lane[0];
-                               return sum;
-                             })[0];
-}
-
-inline unsigned __reduce_max_sync(unsigned, unsigned value) {
-  return emulator::warp_wide("redux.max", {value}, [](const emulator::Lanes& lanes, int) {
-    return *std::max_element(lanes.begin(), lanes.end());
-  })[0];
-}
-
 template <class T>
 T __ldg(const T* address) {
   return *address;
