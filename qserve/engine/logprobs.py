@@ -105,5 +105,4 @@ def entries(scored: Iterable[ScoredTokens]) -> Iterator[tuple[Place, TokenLogpro
     """Each token with what its place asked for; the tensors must be on the host."""
     for places, scores in scored:
         for place, entry in zip(places, scores.entries(), strict=True):
-            top = entry.top[: place.num_top]
-            yield place, TokenLogprob(entry.token_id, entry.logprob, entry.rank, top)
+            yield place, entry._replace(top=entry.top[: place.num_top])

@@ -80,7 +80,8 @@ class RequestState:
         self, outputs: list[SequenceOutput]
     ) -> tuple[TokenLogprob | None, ...] | None:
         first = self.sequences[0]
-        is_first_token = outputs[0].index == 0 and first.num_output_tokens == 1
-        if first.params.prompt_logprobs is None or not is_first_token:
+        if first.params.prompt_logprobs is None:
             return None
-        return tuple(map(self.prompt_logprobs.get, range(first.num_prompt_tokens)))
+        is_first_token = outputs[0].index == 0 and first.num_output_tokens == 1
+        positions = range(first.num_prompt_tokens)
+        return tuple(map(self.prompt_logprobs.get, positions)) if is_first_token else None

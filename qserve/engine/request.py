@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class RequestError(ValueError):
@@ -169,8 +169,7 @@ def _check_real(name: str, value: object, low: float, high: float, above: bool =
         )
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """Natural-log probability of one token.
 
     `rank` is 1 for the likeliest; `top` lists (token, logprob), best first.
@@ -182,8 +181,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):
     """What one sequence of a request gained in one step.
 
     text: characters that are final; a half character or a possible start of a stop string is held
@@ -192,7 +190,7 @@ class SequenceOutput:
     stop_reason: the stop string or token that ended the sequence; None for an end-of-text token.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # instead of the method of tuples
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -200,8 +198,7 @@ class SequenceOutput:
     stop_reason: int | str | None = None
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one request gained in one step: the deltas of those of its sequences that moved.
 
     prompt_tokens: length of the prompt. cached_tokens: how many of them were read from the prefix

@@ -80,7 +80,7 @@ class EngineReplica:
         try:
             yield ADMITTED
             async for outputs in stream:
-                yield [replace(o, request_id=request_ids[stream.prompt_index(o)]) for o in outputs]
+                yield [o._replace(request_id=request_ids[stream.prompt_index(o)]) for o in outputs]
                 await asyncio.sleep(GATHER_SECONDS)
         except ServingError as error:
             yield error
