@@ -97,7 +97,7 @@ def _by_full_name(quantized: QuantizedLayer) -> Layer:
 )
 def test_a_layer_is_fitted_to_what_is_served(changes: dict[str, Any]) -> None:
     """The decoder's own ops, int8 and pages, give what calibration simulates."""
-    source = tiny_source(tiny_config("Qwen2ForCausalLM", num_hidden_layers=1))
+    source = tiny_source(tiny_config("Qwen3ForCausalLM", num_hidden_layers=1, attention_bias=True))
     recipe = replace(RTN, **changes)
     x = torch.randn(4 * LENGTH, source.config.hidden_size)
     quantizer, layer = _quantizer(source, recipe), read_layer(source, 0)

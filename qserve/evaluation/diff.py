@@ -89,9 +89,8 @@ def diff_models(
     _check_same_shape(original.source.config, quantized.source.config)
     embeddings = (original.model.decoder.embedding, quantized.model.decoder.embedding)
     rotation = stream_rotation(*(embedding.to(embeddings[1].device) for embedding in embeddings))
-    console = Console(stderr=True)
     num_layers = original.source.config.num_layers
-    with Progress(console=console, disable=not progress, transient=True) as bar:
+    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
         weights = [
             diff_weights(original.source, quantized.source, index, rotation, embeddings[1].device)
             for index in bar.track(range(num_layers), description="comparing weights")
@@ -99,18 +98,7 @@ def diff_models(
         run = _Lockstep(SequenceScorer(original.model), SequenceScorer(quantized.model), rotation)
         for window in bar.track(windows, description="comparing activations"):
             run.compare(window)
-    layers = [
-        LayerDiff(own, *(tally.agreement() for tally in tallies))
-        for own, tallies in zip(weights, run.layers, strict=True)
-    ]
-    logits = run.logits
-    return ModelDiff(
-        layers,
-        logits.divergence / logits.tokens,
-        logits.agreed / logits.tokens,
-        logits.tokens,
-        rotation is not None,
-    )
+    return run.result(weights)
 
 
 def diff_weights(
@@ -214,6 +202,20 @@ class _Lockstep:
             exact.split(_LOGIT_ROWS), served.split(_LOGIT_ROWS), strict=True
         ):
             self.logits.add(_logits(self.original, rows), _logits(self.quantized, other_rows))
+
+    def result(self, weights: Sequence[dict[str, Agreement]]) -> ModelDiff:
+        """Of the windows so far, and of each layer's weights."""
+        layers = [
+            LayerDiff(own, *(tally.agreement() for tally in tallies))
+            for own, tallies in zip(weights, self.layers, strict=True)
+        ]
+        return ModelDiff(
+            layers,
+            kl_divergence=self.logits.divergence / self.logits.tokens,
+            top1_agreement=self.logits.agreed / self.logits.tokens,
+            tokens=self.logits.tokens,
+            rotated=self.rotation is not None,
+        )
 
     def _rotated(self, x: Tensor) -> Tensor:
         """From the original's basis to the quantized model's."""
