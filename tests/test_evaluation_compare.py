@@ -15,6 +15,7 @@ from qserve.config import EngineConfig
 from qserve.evaluation import compare as module
 from qserve.evaluation.compare import Comparison, Row, Study, compare
 from qserve.evaluation.perplexity import measure_perplexity
+from qserve.evaluation.plot import comparison_figure
 from qserve.evaluation.report import comparison_lines, write_comparison
 from qserve.evaluation.sequences import EvaluatedModel
 from qserve.models.config import ModelError
@@ -232,6 +233,20 @@ def test_table_and_files(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "comparison.json").read_text())
     assert [row["perplexity"] for row in stored["rows"]] == [33.0, 27.0, 28.0]
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_shows_perplexity_against_bytes_and_the_stream_by_layer() -> None:
+    sizes, layers = comparison_figure(Comparison(24552, 23.5, 270_000_000, rows())).axes
+    (star,) = [line for line in sizes.lines if line.get_label() == "unquantized"]
+    assert star.get_xydata().tolist() == [[270.0, 23.5]]
+    points = {each.get_label(): each.lines[0].get_xydata().tolist() for each in sizes.containers}
+    assert points == {"rtn A8 KV4": [[90.5, 33.0]], "qoq A8 KV4": [[90.5, 27.5]]}
+    (bar,) = sizes.containers[1].lines[2][0].get_segments()
+    assert bar.tolist() == [[90.5, 27.0], [90.5, 28.0]]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in layers.lines}
+    assert lines == {"rtn": [20.0, 15.0], "qoq": [20.0, 15.0]}
+    assert (sizes.get_xlabel(), sizes.get_ylabel()) == ("weights, MB", "perplexity")
+    assert layers.get_xlabel() == "layer" and layers.get_ylabel().endswith("dB")
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
