@@ -26,6 +26,15 @@ _MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""The scaling of Llama 3.1, for a model trained on 64 positions."""
+
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 _CHAT_TEMPLATE = (
