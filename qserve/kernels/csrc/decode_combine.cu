@@ -60,6 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_combine(const Ar
   const int sequence = blockIdx.x, splits = arguments.splits[sequence];
   const int head = blockIdx.y * HEADS + threadIdx.x / (HEAD_DIM / WIDTH);
   const int channel = threadIdx.x % (HEAD_DIM / WIDTH) * WIDTH;
+  const int64 row = static_cast<int64>(arguments.query_start[sequence]) * QUERY_HEADS + head;
   launch_dependents();
   // One block at least waits, so that this kernel does not end before its predecessor.
   if (splits <= 1 && blockIdx.x + blockIdx.y > 0) return;
@@ -76,7 +77,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_combine(const Ar
   const float norm = 1.0f / combined.weights;
 #pragma unroll
   for (int i = 0; i < WIDTH; i++) combined.sum[i] *= norm;
-  const int64 row = static_cast<int64>(arguments.query_start[sequence]) * QUERY_HEADS + head;
   *reinterpret_cast<uint4*>(arguments.out + row * HEAD_DIM + channel) =
       pack_vector<BFLOAT16>(combined.sum);
 }
