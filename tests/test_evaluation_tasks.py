@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from qserve.engine.loading import LoadedModel, load_model
 from qserve.engine.request import SamplingParams
 from qserve.evaluation.tasks import ServedLM, TaskError, evaluate_tasks, sampling_params
 from qserve.models.source import open_source
-from qserve.testing.tiny import save_tiny_model, tiny_config, tiny_hf_model, tiny_source
+from qserve.testing.tiny import (
+    save_tiny_model,
+    tiny_config,
+    tiny_hf_model,
+    tiny_source,
+    tiny_tokenizer,
+)
 
 CONFIG = tiny_config(max_position_embeddings=64)
 
@@ -88,13 +95,24 @@ def test_long_context_loses_its_beginning(model: LoadedModel) -> None:
 def test_rolling_loglikelihood(model: LoadedModel) -> None:
     """Each token once; the last window reads as far back as it can."""
     text = "".join(random.Random(0).choices(string.ascii_letters, k=150))
-    tokens = model.tokenizer.encode(text)
-    (result,) = ServedLM(model).loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
+    tokenize = model.tokenizer.encode
+    tokens = tokenize(text)
+    requests = instances("loglikelihood_rolling", ("abc",), (text,))
+    short, result = ServedLM(model).loglikelihood_rolling(requests)
+    assert short == pytest.approx(reference([0], tokenize("abc"))[0], rel=1e-3)
     expected = reference([0], tokens[:64])[0]
     expected += reference(tokens[63:64], tokens[64:128])[0]
     last = len(tokens) - 128
     expected += reference(tokens[-65:-last], tokens[-last:])[0]
     assert result == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_nothing_stands_before_needs_a_special_token(model: LoadedModel) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    served = ServedLM(replace(model, tokenizer=tokenizer))
+    with pytest.raises(TaskError, match="names no token that ends a text"):
+        served.loglikelihood(instances("loglikelihood", ("", "abc")))
 
 
 def test_generation(model: LoadedModel, directory: Path) -> None:

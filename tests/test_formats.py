@@ -141,6 +141,18 @@ def test_protective_range_holds_for_every_range_and_code() -> None:
     assert (reached >= high.flatten() - 7.5 - scale[:, 0] / 2).all()
 
 
+@pytest.mark.parametrize("factor", [1e-12, 1e9])
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_weights_beyond_what_scales_reach_are_packed_as_they_are_rounded(
+    factor: float, group_size: int
+) -> None:
+    weight = torch.randn(64, 128) * factor
+    grid = fit_grid(weight, group_size)
+    codes = grid.quantize(weight)
+    assert torch.equal(grid.pack(codes).dequantize(), grid.dequantize(codes))
+    assert grid.dequantize(codes).isfinite().all()
+
+
 def test_both_orders_of_level_2_scales_are_read() -> None:
     weight = torch.randn(64, 256)
     grid = fit_grid(weight, 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise TaskError("the model's tokenizer names no token that ends a text")
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -108,13 +111,15 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts, cut into windows that read as much as the model can."""
-        return [self._rolling(request.args[0]) for request in requests]
+        texts = [self._windows(request.args[0]) for request in requests]
+        scores = iter(self._loglikelihood_tokens([window for text in texts for window in text]))
+        return [sum(total for total, _ in islice(scores, len(text))) for text in texts]
 
-    def _rolling(self, text: str) -> float:
+    def _windows(self, text: str) -> list[tuple[Any, list[int], list[int]]]:
+        """(_, context, continuation) of each window; every token is in one continuation."""
         token_ids = self.tok_encode(text, add_special_tokens=False)
         windows = get_rolling_token_windows(token_ids, self.prefix_token_id, self.max_length, 1)
-        pairs = [(None, *make_disjoint_window(window)) for window in windows]
-        return sum(total for total, _ in self._loglikelihood_tokens(pairs))
+        return [(None, *make_disjoint_window(window)) for window in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the engine generates after each text, all of them in one queue."""
