@@ -339,9 +339,9 @@ def _range_with_zero(values: Tensor, clip_ratio: Tensor | float) -> tuple[Tensor
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """float16 scales, those that vanish or overflow there replaced by the nearest that does not."""
-    smallest = torch.finfo(torch.float16).tiny
-    return scale.clamp(smallest, torch.finfo(torch.float16).max).half()
+    """float16 scales, raised where they would vanish, lowered where a code times them would overflow."""
+    half = torch.finfo(torch.float16)
+    return scale.clamp(half.tiny, half.max / (CODE_MAX + 1)).half()
 
 
 def _check_group_size(group_size: int) -> None:
