@@ -22,9 +22,8 @@ class TokenCounts:
     """
 
     def __init__(self) -> None:
-        self._table: Tensor | None = (
-            None  # int32 [rows, V]: twice the output's count, + 1 if in the prompt
-        )
+        # int32 [rows, V]: twice the output's count, + 1 if in the prompt
+        self._table: Tensor | None = None
         self._rows: weakref.WeakKeyDictionary[Sequence, int] = weakref.WeakKeyDictionary()
         self._free: list[int] = []
 

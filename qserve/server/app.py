@@ -1,4 +1,4 @@
-"""The HTTP application: the OpenAI API over an SharedEngine."""
+"""The HTTP application: the OpenAI API over a SharedEngine."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from threading import Thread
 from uuid import uuid4
 
@@ -90,7 +91,7 @@ class LoopedEngine(SharedEngine):
 
     def _report(self, report: Report) -> None:
         """Take a report, on any thread."""
-        if not self._event_loop.is_closed():
+        with suppress(RuntimeError):  # the event loop has ended
             self._event_loop.call_soon_threadsafe(self._take, report)
 
     def _take(self, report: Report) -> None:
