@@ -218,6 +218,18 @@ def test_kv_page_sizes() -> None:
     assert KVFormat(16, 64, 3).bytes_per_token == 3 * 2 * 64 * 2
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kv_codes_are_the_nearest_by_the_stored_scale_and_offset(bits: int) -> None:
+    """Also where float16 moves the offset by more than a step."""
+    x = torch.randn(200, 64) + 300 * torch.randn(200, 1)
+    quantized = quantize_kv(x, bits)
+    steps = quantized.scale.float()[:, None] * torch.arange(2**bits)
+    every = steps[:, None] + quantized.offset.float()[:, None, None]
+    nearest = (every - x[..., None]).abs().amin(dim=-1)
+    assert ((quantized.dequantize() - x).abs() <= nearest + 1e-4).all()
+    assert ((quantized.offset.float() - x.amin(dim=1)).abs() > quantized.scale / 4).any()
+
+
 def test_golden_bytes_of_a_kv_page() -> None:
     """Token 21 (g = 2, i = 5) of a head of 128 channels: bytes worked out from the layout."""
     kv_format = KVFormat(4, 128, 1)
