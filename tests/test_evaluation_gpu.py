@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qserve.config import EngineConfig
+from qserve.evaluation.compare import Study, compare
 from qserve.evaluation.diff import diff_models
 from qserve.evaluation.perplexity import measure_perplexity
 from qserve.evaluation.sequences import EvaluatedModel
@@ -65,3 +67,19 @@ def test_diff(source: MemorySource, checkpoint: Path) -> None:
         assert layer.weights["mlp.up_proj"].sqnr_db == pytest.approx(
             expected.weights["mlp.up_proj"].sqnr_db, abs=0.01
         )
+
+
+def test_compare(source: MemorySource, tmp_path: Path) -> None:
+    """Quantized, evaluated and compared on the GPU; evaluated again on the CPU."""
+    (tmp_path / "text").write_text(TEXT)
+    calibration = str(tmp_path / "text")
+    recipes = [W4A8KV4, replace(W4A8KV4, name="fitted", rounding="gptq", rotation="measured")]
+    study = Study(source, recipes, TEXT, 200, calibration=calibration, device="cuda")
+    result = compare(study, tmp_path / "out")
+    assert result.unquantized == pytest.approx(perplexity(source, device="cpu"), rel=2e-3)
+    assert [row.recipe for row in result.rows] == ["test", "fitted"]
+    for row in result.rows:
+        (checkpoint,) = (tmp_path / "out" / "checkpoints").glob(f"{row.recipe}-*")
+        expected = perplexity(checkpoint, device="cpu")
+        assert row.perplexity == pytest.approx(expected, rel=5e-3)
+        assert row.kl_divergence > 0 and min(row.output_sqnr_db) > 5
