@@ -21,6 +21,7 @@ from qserve.kernels.gemm_cuda import CudaWeight, pack_blocks
 from qserve.kernels.gemm_norm_cuda import fuses, linear_rms_norm_quantize
 from qserve.kernels.gemm_variants import Policy
 from qserve.kernels.jit import Kernel, KernelError
+from qserve.kernels.producers_cuda import silu_mul_quantize
 from qserve.kernels.tiles import Device, Tile
 
 PARAMETERS = b"\x07" * 128
@@ -127,7 +128,7 @@ def int8_weight(rows: int, columns: int) -> CudaWeight:
         Policy(bits=8),
         (rows, columns),
         Device("x", "sm_90a", 132),
-        torch.zeros(2, dtype=torch.int32),
+        gemm_cuda._inbox(torch.device("cpu")),
     )
 
 
@@ -173,9 +174,9 @@ def test_gemm_grids_and_operands(
     assert arguments[first + 6 : first + 11] == (tokens, 192, 576, 5, 0)
 
 
-@pytest.mark.parametrize(("tokens", "waiters"), [(1, 1), (33, 32), (200, 66)])
+@pytest.mark.parametrize(("tokens", "workers"), [(1, 1), (33, 32), (200, 128), (300, 66)])
 def test_a_gemm_goes_on_with_a_norm(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, tokens: int, waiters: int
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, tokens: int, workers: int
 ) -> None:
     prepared, tile = int8_weight(4096, 128), Tile("small", 128, 64)
     x = quantize_activation(torch.randn(tokens, 128))
@@ -187,16 +188,26 @@ def test_a_gemm_goes_on_with_a_norm(
     ((kernel, _, grid, arguments),) = seen
     assert_packs(kernel, arguments)
     assert kernel.entry == "w4a8_gemm_small_norm" and grid == (32, -(-tokens // 64))
-    fields = (residual, gain, total, 1e-5, out.codes, out.scale, out.row_sum, prepared.counters)
-    assert all(a is b for a, b in zip(arguments[-9:-1], fields, strict=True))
-    assert arguments[-1] == waiters  # rows, blocks, half of the multiprocessors
+    fields = (residual, gain, total, 1e-5, out.codes, out.scale, out.row_sum)
+    assert all(a is b for a, b in zip(arguments[-8:-1], fields, strict=True))
+    assert arguments[-9].data_ptr() == prepared.inbox.data_ptr()
+    assert arguments[-1] == workers  # rows, blocks, blocks, half of the multiprocessors
 
 
-def test_a_norm_goes_with_batches_for_which_it_is_faster() -> None:
+@pytest.mark.parametrize(("rows", "early"), [(8, True), (9, False)])
+def test_many_rows_of_silu_wait_for_the_gemm(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, rows: int, early: bool
+) -> None:
+    with recorded_launches(monkeypatch) as seen:
+        silu_mul_quantize(torch.randn(rows, 512).half())
+    assert seen[0][0].overlap == early
+
+
+def test_a_norm_goes_with_batches_that_a_launch_can_share_out() -> None:
     prepared, narrow = int8_weight(4096, 128), int8_weight(576, 128)
-    x = {tokens: quantize_activation(torch.randn(tokens, 128)) for tokens in (1, 33, 64, 65)}
-    assert [tokens for tokens in x if fuses(x[tokens], prepared)] == [33, 64]
-    assert not fuses(x[64], narrow)
+    x = {tokens: quantize_activation(torch.randn(tokens, 128)) for tokens in (0, 1, 64, 128, 512)}
+    assert [tokens for tokens in x if fuses(x[tokens], prepared)] == [1, 64, 128]
+    assert not fuses(x[1], narrow)
 
 
 def test_a_norm_of_other_sizes_is_refused() -> None:

@@ -26,14 +26,18 @@ from qserve.kernels.tiles import Device, Problem, Tile, choose
 MAX_COLUMNS = 65536
 """Up to here no sum of 8-bit products leaves int32."""
 
+INBOX_OUTPUTS = 256 * 8192
+"""Of a GEMM that goes on with a norm, at most."""
+
 
 @dataclass(frozen=True)
 class CudaWeight:
     """A 4- or 8-bit weight on a GPU.
 
     packed: uint8, blocks of 128 x 128 (see csrc/weight.cuh). scale: float32 [N padded].
-    zero: float32 [N padded] of per-channel 4-bit weights, else None. counters: int32 [2], zeros
-    between launches, where the blocks of a launch with a norm meet.
+    zero: float32 [N padded] of per-channel 4-bit weights, else None. inbox: int16 [INBOX_OUTPUTS], all
+    -1 between launches, for the outputs that a norm takes up in the same launch (csrc/tail.cuh); one for
+    all weights of a GPU, on which such launches therefore may not run side by side.
     """
 
     packed: Tensor
@@ -42,7 +46,7 @@ class CudaWeight:
     policy: Policy
     shape: tuple[int, int]
     device: Device
-    counters: Tensor
+    inbox: Tensor
     _tiles: dict[int, Tile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -70,9 +74,8 @@ class CudaWeight:
         else:
             scale, zero = weight.s1_scales.float(), _pad_rows(weight.zeros())
             policy = Policy(fractional_zeros=bool((zero != zero.round()).any()))
-        counters = torch.zeros(2, dtype=torch.int32, device=packed.device)
-        device = _device(packed.device)
-        return cls(packed, _pad_rows(scale), zero, policy, weight.shape, device, counters)
+        device, inbox = _device(packed.device), _inbox(packed.device)
+        return cls(packed, _pad_rows(scale), zero, policy, weight.shape, device, inbox)
 
     def apply(self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """[M, N] in `out_dtype`, float16 or bfloat16."""
@@ -87,33 +90,58 @@ class CudaWeight:
         return tile
 
     def apply_tile(
+        self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype, tile: Tile
+    ) -> Tensor:
+        """`apply` with a given tile."""
+        bias = self._admit(x, bias, out_dtype)
+        out = torch.empty(x.codes.shape[0], self.shape[0], dtype=out_dtype, device=x.codes.device)
+        if len(out):
+            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16)
+            launch = _LAUNCHES[tile.kind](tile, self, x.codes, out)
+            arguments = (*launch.before, *self._operands(x, bias), *launch.after)
+            kernel(out.device, launch.grid, arguments)
+        return out
+
+    def apply_with_norm(
         self,
         x: QuantizedActivation,
         bias: Tensor | None,
         out_dtype: torch.dtype,
         tile: Tile,
-        norm: Norm | None = None,
-        norm_fields: tuple[object, ...] = (),
-    ) -> Tensor:
-        """`apply` with a given tile; norm_fields: `Norm` and `Quantized` of csrc/rows.cuh."""
+        norm: Norm,
+        norm_fields: tuple[object, ...],
+    ) -> None:
+        """As `apply_tile`, but a norm takes the outputs; tile: of kind "small".
+
+        norm_fields: those of `Norm` and `Quantized` of csrc/rows.cuh.
+        """
+        bias = self._admit(x, bias, out_dtype)
+        tokens = x.codes.shape[0]
+        outputs = self.inbox[: tokens * self.shape[0]].view(tokens, self.shape[0])
+        kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, norm)
+        launch = _LAUNCHES[tile.kind](tile, self, x.codes, outputs)
+        arguments = (*launch.before, *self._operands(x, bias), *launch.after, *norm_fields)
+        kernel(outputs.device, launch.grid, (*arguments, self.norm_workers(tokens, tile)))
+
+    def _admit(
+        self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor | None:
+        """The bias as the kernels take it; raises OpError on what they do not take."""
         if out_dtype not in (torch.float16, torch.bfloat16):
             raise OpError(f"quantized_linear: on a GPU out_dtype is 16 bits wide, not {out_dtype}")
         if bias is not None and bias.dtype != out_dtype:
             bias = bias.float()
         self._require_at_hand(codes=x.codes, scale=x.scale, row_sum=x.row_sum, bias=bias)
-        out = torch.empty(x.codes.shape[0], self.shape[0], dtype=out_dtype, device=x.codes.device)
-        if len(out):
-            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, norm)
-            launch = _LAUNCHES[tile.kind](tile, self, x.codes, out)
-            arguments = (*launch.before, *self._operands(x, bias), *launch.after)
-            if norm is not None:
-                arguments += (*norm_fields, self.counters, self._waiters(len(out), launch.grid))
-            kernel(out.device, launch.grid, arguments)
-        return out
+        return bias
 
-    def _waiters(self, tokens: int, grid: tuple[int, ...]) -> int:
-        """Blocks that share out the rows: so few that all others always find a multiprocessor."""
-        return min(tokens, math.prod(grid), self.device.multiprocessors // 2)
+    def norm_workers(self, tokens: int, tile: Tile) -> int:
+        """Blocks that share out a norm's rows. They wait for all others, which must find room beside
+        them."""
+        blocks, multiprocessors = (
+            math.prod(_small_grid(tile, self.shape[0], tokens)),
+            self.device.multiprocessors,
+        )
+        return min(tokens, blocks if blocks <= multiprocessors else multiprocessors // 2)
 
     def _require_at_hand(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -210,8 +238,12 @@ def _whole_tiles(tiles: int, clusters: int, tile: Tile, columns: int) -> int:
     return tiles - left if splits else tiles
 
 
+def _small_grid(tile: Tile, rows: int, tokens: int) -> tuple[int, int]:
+    return -(-rows // tile.rows) * tile.cluster, -(-tokens // tile.tokens)
+
+
 def _small(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
-    grid = (-(-weight.shape[0] // tile.rows) * tile.cluster, -(-len(out) // tile.tokens))
+    grid = _small_grid(tile, weight.shape[0], len(out))
     return _Launch(grid, (tensor_map(codes, (tile.tokens, BLOCK)),), (out,))
 
 
@@ -221,6 +253,11 @@ def _portable(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _La
 
 
 _LAUNCHES = {"large": _large, "small": _small, "portable": _portable}
+
+
+@cache
+def _inbox(device: torch.device) -> Tensor:
+    return torch.full((INBOX_OUTPUTS,), -1, dtype=torch.int16, device=device)
 
 
 @cache

@@ -63,7 +63,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm and quantization of the outputs, by a "small" kernel's last blocks (csrc/tail.cuh).
+    """RMSNorm and quantization of the outputs, by a "small" kernel itself (csrc/tail.cuh).
 
     float_weight: as of `producer_kernel`.
     """
@@ -78,7 +78,7 @@ class Norm:
             kernel,
             source=kernel.source.replace("_sm90", "_norm_sm90"),
             entry=f"{kernel.entry}_norm",
-            parameters=kernel.parameters + "(3Pf)(3P)(Pi)",
+            parameters=kernel.parameters + "(3Pf)(3P)i",
             generated=kernel.generated + norm_weight_source(self.float_weight),
             constants={**kernel.constants, **rows},
         )

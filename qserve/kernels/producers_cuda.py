@@ -14,6 +14,10 @@ from qserve.kernels.op import OpError
 VECTOR = 8
 """Elements read at once."""
 
+MOST_EARLY_ROWS = 8
+"""Of SiLU that may start before the GEMM ahead has ended: more crowd onto the few multiprocessors that it
+leaves free, and cost more than they gain (docs/kernels.md)."""
+
 _PARAMETERS = {
     "rms_norm": "P(3Pf)P",
     "rms_norm_quantize": "P(3Pf)(3P)",
@@ -60,14 +64,19 @@ def quantize_per_token(x: Tensor) -> QuantizedActivation:
 
 
 @cache
-def producer_kernel(op: str, columns: int, bfloat16: bool, float_weight: bool) -> Kernel:
-    """The variant of `op` for rows of `columns` elements; float_weight: the norm's is float32."""
+def producer_kernel(
+    op: str, columns: int, bfloat16: bool, float_weight: bool, overlap: bool = True
+) -> Kernel:
+    """The variant of `op` for rows of `columns` elements; float_weight: the norm's is float32.
+
+    overlap: it may start before its predecessor has ended.
+    """
     return Kernel(
         "producers.cu",
         op,
         parameters=_PARAMETERS[op],
         threads=row_threads(columns),
-        overlap=True,
+        overlap=overlap,
         constants={"COLUMNS": columns, "THREADS": row_threads(columns), "BFLOAT16": bfloat16},
         generated=norm_weight_source(float_weight),
     )
@@ -92,7 +101,8 @@ def _launch(
         raise OpError(f"{op}: {objection}")
     if x.shape[0]:
         float_weight = weight is not None and weight.dtype == torch.float32
-        kernel = producer_kernel(op, columns, x.dtype == torch.bfloat16, float_weight)
+        early = op != "silu_mul_quantize" or len(x) <= MOST_EARLY_ROWS
+        kernel = producer_kernel(op, columns, x.dtype == torch.bfloat16, float_weight, early)
         kernel(x.device, (x.shape[0],), arguments)
 
 

@@ -6,9 +6,11 @@
 DEVICE void normalize(Values& values, const uint16* x, const Norm& norm) {
   launch_dependents();
   NormRow row(norm);
+  row.fetch_weight();
   wait_for_predecessor();
-  row.fetch(blockIdx.x);
-  row.normalize(values, x, blockIdx.x);
+  row.fetch_residual(blockIdx.x);
+  row.fetch_x(x, blockIdx.x);
+  row.normalize(values, blockIdx.x);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

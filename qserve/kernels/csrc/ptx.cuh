@@ -72,6 +72,25 @@ DEVICE void load_matrices(uint32 (&v)[4], uint32 address) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
 }
 
+// ---- global memory that blocks of one launch share -------------------------------------------
+
+// Words, each of which others see whole, but in any order.
+DEVICE uint4 load_relaxed_16(const void* address) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address) : "memory");
+  return v;
+}
+
+DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};"
+               :: "l"(address), "r"(a), "r"(b) : "memory");
+}
+
+DEVICE void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
+}
+
 // ---- asynchronous copies of sm_80 -----------------------------------------------------------
 
 // 16 bytes, or zeros where `valid` is false (then nothing is read).
@@ -146,9 +165,15 @@ DEVICE void mbarrier_arrive_peer(uint32 barrier, uint32 rank) {
                :: "r"(peer_address(barrier, rank)) : "memory");
 }
 
+DEVICE void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 DEVICE void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 // ---- the bulk copy engine of sm_90 -----------------------------------------------------------

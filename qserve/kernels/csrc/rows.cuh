@@ -39,27 +39,29 @@ struct Norm {
   float eps;
 };
 
-// One row of a norm. Everything but x may be fetched before x is there.
+// One row of a norm: three fetches, in the order in which their sources are ready, then `normalize`.
+// No load comes after a store, past which the compiler may not move it.
 struct NormRow {
   const Norm& norm;
   Fetched<NormWeight> gain;
-  Fetched<uint16> residual;
+  Fetched<uint16> residual, x;
 
-  __device__ __forceinline__ explicit NormRow(const Norm& n) : norm(n) { gain.fetch(n.weight); }
+  __device__ __forceinline__ explicit NormRow(const Norm& n) : norm(n) {}
 
-  __device__ __forceinline__ void fetch(int64 row) {
+  __device__ __forceinline__ void fetch_weight() { gain.fetch(norm.weight); }
+  __device__ __forceinline__ void fetch_residual(int64 row) {
     if (norm.residual != nullptr) residual.fetch(norm.residual + row * COLUMNS);
   }
+  __device__ __forceinline__ void fetch_x(const uint16* rows, int64 row) {
+    x.fetch(rows + row * COLUMNS);
+  }
 
-  // Returns this thread's sum of squares. All loads come before the first store, past which the
-  // compiler may not move them.
-  __device__ __forceinline__ float add_residual(Values& values, const uint16* x, int64 row) {
-    Fetched<uint16> fetched;
-    fetched.fetch(x + row * COLUMNS);
+  // Returns this thread's sum of squares.
+  __device__ __forceinline__ float add_residual(Values& values, int64 row) {
     float squares = 0;
     each_vector([&](int i, int vector) {
       float(&v)[WIDTH] = values.at[i];
-      unpack(fetched.at[i], v);
+      unpack(x.at[i], v);
       if (norm.residual != nullptr) {
         float added[WIDTH];
         unpack(residual.at[i], added);
@@ -75,9 +77,9 @@ struct NormRow {
     return squares;
   }
 
-  __device__ __forceinline__ void normalize(Values& values, const uint16* x, int64 row) {
+  __device__ __forceinline__ void normalize(Values& values, int64 row) {
     __shared__ float squares[WARPS];
-    const float sum = reduce(add_residual(values, x, row), Sum(), squares);
+    const float sum = reduce(add_residual(values, row), Sum(), squares);
     const float inverse_rms = __frsqrt_rn(sum / COLUMNS + norm.eps);
     each_vector([&](int i, int) {
       float weights[WIDTH];

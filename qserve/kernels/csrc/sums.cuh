@@ -72,8 +72,8 @@ struct Finish {
     const float first = finish(sum.x, rows[0], terms), second = finish(sum.y, rows[1], terms);
     const float third = finish(sum.z, rows[2], terms), fourth = finish(sum.w, rows[3], terms);
     const int64 start = static_cast<int64>(first_token + index) * operands.rows + row();
-    *reinterpret_cast<uint2*>(output + start) = make_uint2(
-        pack_pair<BFLOAT16>(first, second), pack_pair<BFLOAT16>(third, fourth));
+    store_relaxed_8(output + start, pack_pair<BFLOAT16>(first, second),
+                    pack_pair<BFLOAT16>(third, fourth));
   }
   // After `load_terms`, once every part's sums can be seen.
   __device__ __forceinline__ void store(const Operands& operands, uint32 sums, uint16* output) {

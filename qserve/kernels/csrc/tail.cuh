@@ -1,66 +1,54 @@
 // What follows a GEMM and needs whole rows of its output, in the same launch: residual add, RMSNorm
-// and quantization. The blocks that finish their tiles last wait for each other, then share out the
-// rows.
+// and quantization. The first blocks, once they have stored their own tiles, share out the rows.
 //
-// All other blocks end at once. Fewer blocks wait than the GPU has multiprocessors, so those they
-// wait for always find a place to run, whatever else is running.
+// Nobody signals. Outputs go to an inbox, where NOTHING stands as long as there is none: a row has come
+// when all of its words have. Who takes a row leaves NOTHING behind, for the next launch.
 #pragma once
 #include "rows.cuh"
 
 static_assert(THREADS <= FINISHING_THREADS, "a row takes more threads than a block has");
 
-// `counters` are zero between launches: blocks that have finished, waiters that need them no more.
-struct Meeting {
-  uint32* counters;
-  int waiters;
-};
+// Two NaNs of a kind that no conversion gives.
+constexpr uint32 NOTHING = 0xFFFFFFFFu;
 
-DEVICE uint32 load_acquire(const uint32* address) {
-  uint32 value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
+DEVICE int block_index() { return blockIdx.y * gridDim.x + blockIdx.x; }
+
+// The norm's weight, wanted by all rows at once and unused since the step before.
+DEVICE void prefetch_weight(const Norm& norm) {
+  constexpr int line = 128, lines = COLUMNS * sizeof(NormWeight) / line;
+  if (block_index() != 0) return;
+  for (int i = threadIdx.x; i < lines; i += BLOCK_THREADS)
+    prefetch(reinterpret_cast<const uint8*>(norm.weight) + i * line);
 }
 
-// This block's tile is stored. Its place among the blocks that wait, or a negative number.
-DEVICE int take_place(const Meeting& meeting) {
-  __shared__ int place;
-  named_barrier(1, FINISHING_THREADS);
-  if (threadIdx.x == 0) {
-    const int blocks = gridDim.x * gridDim.y;
-    __threadfence();
-    place = static_cast<int>(atomicAdd(meeting.counters, 1)) - (blocks - meeting.waiters);
-  }
-  named_barrier(1, FINISHING_THREADS);
-  return place;
+DEVICE bool complete(const uint4& v) {
+  return v.x != NOTHING && v.y != NOTHING && v.z != NOTHING && v.w != NOTHING;
 }
 
-DEVICE void wait_for_all(const Meeting& meeting) {
-  if (threadIdx.x == 0)
-    while (load_acquire(meeting.counters) < gridDim.x * gridDim.y) {
-    }
-  named_barrier(0, THREADS);
+// Waits for a row, and takes it out of the inbox.
+DEVICE void take(Fetched<uint16>& fetched, uint16* row) {
+  bool all;
+  do {
+    all = true;
+    each_vector([&](int i, int vector) { fetched.at[i][0] = load_relaxed_16(row + vector * WIDTH); });
+    each_vector([&](int i, int) { all = all && complete(fetched.at[i][0]); });
+  } while (!all);
+  each_vector([&](int, int vector) {
+    reinterpret_cast<uint4*>(row)[vector] = make_uint4(NOTHING, NOTHING, NOTHING, NOTHING);
+  });
 }
 
-// The last to leave makes ready for the next launch.
-DEVICE void leave(const Meeting& meeting) {
-  if (threadIdx.x != 0) return;
-  if (atomicAdd(meeting.counters + 1, 1) + 1 == meeting.waiters)
-    meeting.counters[0] = 0, meeting.counters[1] = 0;
-}
-
-// Called by the threads that have stored the tile; there are at least as many rows as waiters.
-DEVICE void finish_rows(const Norm& norm, const Quantized& out, const uint16* x, int rows,
-                        const Meeting& meeting) {
-  int row = take_place(meeting);
-  if (row < 0 || threadIdx.x >= THREADS) return;
-  NormRow norm_row(norm);
-  norm_row.fetch(row);
-  wait_for_all(meeting);
-  for (; row < rows; row += meeting.waiters) {
+// Called by the threads that have stored the tile; there are at least as many rows as workers.
+DEVICE void finish_rows(const Norm& norm, const Quantized& out, uint16* inbox, int rows,
+                        int workers) {
+  if (block_index() >= workers || threadIdx.x >= THREADS) return;
+  for (int64 row = block_index(); row < rows; row += workers) {
+    NormRow norm_row(norm);
+    norm_row.fetch_residual(row);
+    take(norm_row.x, inbox + row * COLUMNS);
+    norm_row.fetch_weight();  // not before: registers held while waiting are the next kernel's
     Values values;
-    norm_row.normalize(values, x, row);
+    norm_row.normalize(values, row);
     quantize_row(values, out, row);
-    if (row + meeting.waiters < rows) norm_row.fetch(row + meeting.waiters);
   }
-  leave(meeting);
 }

@@ -106,6 +106,7 @@ DEVICE void accumulate(int (&accumulator)[1][TOKENS / 2], const Shared& shared, 
   wgmma_wait<0>();
 }
 
+// All of a kernel but its end: `await_peers`.
 DEVICE void multiply_tile(const TensorMap* token_map, const Operands& operands, uint16* output) {
   extern __shared__ uint8 dynamic[];
   const Shared shared(round_up(shared_address(dynamic), 1024));
@@ -139,6 +140,12 @@ DEVICE void multiply_tile(const TensorMap* token_map, const Operands& operands, 
   }
   if (CLUSTER > 1) cluster_sync();
   if (warp < CONSUMER_WARPS) finish.store(operands, shared.tokens, output);
-  // No block ends while another still reads its sums.
-  if (CLUSTER > 1) cluster_sync();
+  if (CLUSTER > 1) cluster_arrive();
+}
+
+// No block ends while another still reads its sums.
+DEVICE void await_peers() {
+  if (CLUSTER == 1) return;
+  __syncwarp();
+  cluster_wait();
 }
