@@ -211,21 +211,11 @@ def test_table_and_files(tmp_path: Path) -> None:
     comparison = Comparison(24552, 23.5, 270_000_000, rows())
     lines = list(comparison_lines(comparison))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    formats, quality = ["4", "64", "8", "4"], ["90.5", "0.2500", "75.00%"]
     assert cells[2:] == [
         ["unquantized", "16", "", "16", "16", "23.500", "", "270.0", "", ""],
-        [
-            "qoq",
-            "4",
-            "64",
-            "8",
-            "4",
-            "27.500 (27.000 - 28.000)",
-            "+4.000",
-            "90.5",
-            "0.2500",
-            "75.00%",
-        ],
-        ["rtn", "4", "64", "8", "4", "33.000", "+9.500", "90.5", "0.2500", "75.00%"],
+        ["qoq", *formats, "27.500 (27.000 - 28.000)", "+4.000", *quality],
+        ["rtn", *formats, "33.000", "+9.500", *quality],
     ]
     assert len({len(line) for line in lines if "|" in line}) == 1, "columns align"
     write_comparison(comparison, tmp_path)
@@ -252,25 +242,12 @@ def test_plot_shows_perplexity_against_bytes_and_the_stream_by_layer() -> None:
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model, text, output = save_tiny_model(tmp_path / "m"), tmp_path / "t", tmp_path / "out"
     text.write_text(TEXT * 30)
-    options = [
-        "--text",
-        text,
-        "--calibration",
-        text,
-        "--max-windows",
-        6,
-        "--seq-len",
-        100,
-        "--group-size",
-        64,
-        "--kv",
-        "4,16",
-        "-o",
-        output,
-    ]
-    command = ["evaluate", "compare", model, "--recipes", "rtn", *options]
+    command = (
+        f"evaluate compare {model} --recipes rtn -o {output} --text {text} --seq-len 100".split()
+    )
+    command += f"--calibration {text} --max-windows 6 --group-size 64 --kv 4,16".split()
     with pytest.raises(SystemExit) as exit_:
-        main(list(map(str, command)))
+        main(command)
     assert not exit_.value.code
     assert capsys.readouterr().out == (output / "comparison.md").read_text()
     stored = json.loads((output / "comparison.json").read_text())
@@ -280,5 +257,5 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--recipes", "?"], "no recipe"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            main(list(map(str, [*command, *wrong])))
+            main([*command, *wrong])
         assert message in str(exit_.value.code)
