@@ -183,7 +183,6 @@ def test_sequences_of_one_request_share_its_prompt_and_draw_from_their_own_strea
 def test_prompt_logprobs_are_what_each_prefix_would_predict(max_batched_tokens: int) -> None:
     prompt, vocab_size = PROMPTS[1][:18], tiny_decoder().config.vocab_size
     engine = make_engine(max_batched_tokens=max_batched_tokens)
-    run_one(engine, prompt, PARAMS[0])  # cached pages must not swallow positions
     params = SamplingParams(max_tokens=2, prompt_logprobs=3, temperature=0, ignore_eos=True)
     engine.add_request("p", prompt, params)
     scores = []

@@ -7,8 +7,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from subprocess import PIPE
 
 import httpx
 import pytest
@@ -110,11 +112,29 @@ def test_signals_that_all_processes_get_are_the_servers_to_heed() -> None:
         assert http.post("/v1/completions", json=body).status_code == 200
 
 
-def test_it_ends_with_a_server_that_ends_at_once() -> None:
+def slowly() -> StubEngine:
+    print("loading", flush=True)
+    time.sleep(0.5)
+    return Stub()
+
+
+@pytest.mark.parametrize(
+    ("start", "number"),
+    [("EngineProcess(Stub, 1); print()", 0), ("EngineProcess(slowly, 1)", signal.SIGKILL)],
+    ids=["it ends at once", "it is killed while the model is loaded"],
+)
+def test_it_ends_with_its_server(start: str, number: int) -> None:
     """At its exit, Python asks such processes to end, by a signal that this one ignores, and waits."""
-    start = "from test_server_process import EngineProcess, Stub; engine = EngineProcess(Stub, 1)"
+    program = f"from test_server_process import *; engine = {start}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", start], env=environment, check=True, timeout=60)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=PIPE, stderr=PIPE
+    ) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        server.send_signal(number)
+        _, errors = server.communicate(timeout=60)  # until both have ended
+    assert errors == b""
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def _run(load: Callable[[], LoadedEngine], connection: Connection) -> None:
         connection.send(error)
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # likewise a service manager
-    connection.send((engine.tokenizer, engine.stats))
+    with suppress(OSError):  # the server is gone, as `_pass_on_commands` finds out
+        connection.send((engine.tokenizer, engine.stats))
     gc.collect()
     gc.freeze()  # what is loaded stays; walking it in every full collection would stall all steps
     reports: SimpleQueue[bytes | None] = SimpleQueue()
