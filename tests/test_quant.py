@@ -229,8 +229,10 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
         quantize_small(source, target, RECIPES["gptq"], calibration=str(short))
     with pytest.raises(RecipeError, match="'best'"):
         quantize(source, target, "best", console=QUIET)
-    with pytest.raises(RecipeError, match="group size 128"):
+    with pytest.raises(RecipeError, match=r"128 does not divide the 192 inputs of mlp\.down_proj"):
         quantize_small(source, target, RECIPES["rtn"], group_size=128)
+    with pytest.raises(RecipeError, match="group size 32 is none of -1, 64, 128"):
+        quantize_small(source, target, RECIPES["rtn"], group_size=32)
     odd = tiny_source(tiny_config(intermediate_size=160))
     with pytest.raises(ModelError, match=r"mlp.gate_proj: sizes \(160, 128\)"):
         quantize_small(odd, target, RECIPES["rtn"])

@@ -85,12 +85,15 @@ def resolve_group_size(config: ModelConfig, recipe: Recipe, group_size: GroupSiz
     for name, shape in sizes.items():
         if any(size % WEIGHT_ALIGNMENT for size in shape):
             raise ModelError(f"{name}: sizes {shape} are not multiples of {WEIGHT_ALIGNMENT}")
-    fitting = [size for size in GROUP_SIZES if all(k % size == 0 for _, k in sizes.values())]
-    if group_size == "auto":
-        return max(fitting) if recipe.group_size == "auto" else recipe.group_size
-    if group_size not in (-1, *fitting):
-        raise RecipeError(f"group size {group_size} does not divide every linear of the model")
-    return group_size
+    wanted = recipe.group_size if group_size == "auto" else group_size
+    if wanted == "auto":
+        return max(size for size in GROUP_SIZES if all(k % size == 0 for _, k in sizes.values()))
+    if wanted not in (-1, *GROUP_SIZES):
+        raise RecipeError(f"group size {wanted} is none of -1, {', '.join(map(str, GROUP_SIZES))}")
+    for name, (_, inputs) in sizes.items():
+        if inputs % wanted:
+            raise RecipeError(f"group size {wanted} does not divide the {inputs} inputs of {name}")
+    return wanted
 
 
 def _check_wide_linears(config: ModelConfig, recipe: Recipe) -> None:
