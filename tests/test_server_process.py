@@ -147,8 +147,9 @@ def test_it_ends_with_its_server(start: str, number: int) -> None:
 def test_what_keeps_it_from_starting_is_raised(
     load: Callable[[], StubEngine], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         EngineProcess(load, 100)
+    assert load is killed or "in refused" in str(raised.value.__cause__)
 
 
 def test_parameters_travel() -> None:

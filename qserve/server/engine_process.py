@@ -11,9 +11,11 @@ import pickle
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Thread
+from traceback import format_exc
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +25,14 @@ from qserve.server.async_engine import LoopedEngine
 from qserve.server.engine_loop import Command, EngineLoop, Failure, Report, ServedEngine
 
 _ENDED = Failure("its process has ended")
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """What kept the engine from being loaded, and where, which an error does not carry along."""
+
+    error: Exception
+    traceback: str
 
 
 class LoadedEngine(ServedEngine, Protocol):
@@ -50,12 +60,12 @@ class EngineProcess(LoopedEngine):
 
     def _wait_until_ready(self) -> tuple[PreTrainedTokenizerBase, EngineStats]:
         try:
-            ready: tuple[PreTrainedTokenizerBase, EngineStats] | Exception
+            ready: tuple[PreTrainedTokenizerBase, EngineStats] | _Trouble
             ready = self._connection.recv()
         except EOFError as error:
             raise RuntimeError("the engine's process has ended before it was ready") from error
-        if isinstance(ready, Exception):
-            raise ready
+        if isinstance(ready, _Trouble):
+            raise ready.error from RuntimeError(ready.traceback)
         return ready
 
     def start(self) -> None:
@@ -91,7 +101,7 @@ def _run(load: Callable[[], LoadedEngine], connection: Connection) -> None:
     try:
         engine = load()
     except Exception as error:
-        connection.send(error)
+        connection.send(_Trouble(error, format_exc()))
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # likewise a service manager
     with suppress(OSError):  # the server is gone, as `_pass_on_commands` finds out
