@@ -20,7 +20,8 @@ from itertools import product
 import torch
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
-from qserve.formats.weight import QuantizedWeight, W8Weight, fit_grid
+from qserve.formats.grid import fit_grid
+from qserve.formats.weight import QuantizedWeight, W8Weight
 from qserve.kernels.fused import quantize_per_token, rms_norm_quantize, silu_mul_quantize
 from qserve.kernels.gemm import reference_linear
 from qserve.kernels.gemm_cuda import CudaWeight

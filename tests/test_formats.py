@@ -10,15 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qserve.formats import layout
+from qserve.formats.grid import ChannelGrid, GroupGrid, fit_grid
 from qserve.formats.kv import KVFormat, dequantize_blocks, quantize_kv, write_tokens
-from qserve.formats.weight import (
-    ChannelGrid,
-    FormatError,
-    GroupGrid,
-    W4Weight,
-    W8Weight,
-    fit_grid,
-)
+from qserve.formats.weight import FormatError, W4Weight, W8Weight
 
 blocks_of_32 = st.integers(1, 5).map(lambda n: 32 * n)
 

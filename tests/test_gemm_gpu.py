@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
-from qserve.formats.weight import ChannelGrid, QuantizedWeight, W4Weight, W8Weight, fit_grid
+from qserve.formats.grid import ChannelGrid, fit_grid
+from qserve.formats.weight import QuantizedWeight, W4Weight, W8Weight
 from qserve.kernels import OpError, prepare_weight, quantized_linear
 from qserve.kernels.compile import POLICIES
 from qserve.kernels.gemm import ExactFloatWeight

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
-from qserve.formats.weight import fit_grid
+from qserve.formats.grid import fit_grid
 from qserve.kernels import gemm_norm_cuda, quantized_linear, rms_norm_quantize
 from qserve.kernels.gemm_cuda import CudaWeight
 from qserve.kernels.gemm_norm import linear_rms_norm_quantize

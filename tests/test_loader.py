@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qserve.formats.grid import fit_grid
 from qserve.formats.layout import unpack_group_scales
-from qserve.formats.weight import FormatError, W8Weight, fit_grid
+from qserve.formats.weight import FormatError, W8Weight
 from qserve.models.config import ModelError
 from qserve.models.layers import FloatLinear
 from qserve.models.loader import load_decoder

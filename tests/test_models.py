@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qserve.formats.grid import fit_grid
 from qserve.formats.kv import KVFormat
-from qserve.formats.weight import fit_grid
 from qserve.kernels.paged import PagedBatch
 from qserve.models.attention import DenseAttention, PagedAttention
 from qserve.models.config import ModelConfig

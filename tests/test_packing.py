@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import pad
 
 from qserve.formats import layout
-from qserve.formats.weight import W4Weight, W8Weight, fit_grid
+from qserve.formats.grid import fit_grid
+from qserve.formats.weight import W4Weight, W8Weight
 from qserve.kernels import OpError
 from qserve.kernels.gemm_cuda import pack_blocks
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from qserve.config import EngineConfig
 from qserve.engine.loading import load_model
 from qserve.evaluation.sequences import SequenceScorer
-from qserve.formats.weight import ChannelGrid, W4Weight
+from qserve.formats.grid import ChannelGrid
+from qserve.formats.weight import W4Weight
 from qserve.models import names
 from qserve.models.attention import DenseAttention
 from qserve.models.config import ModelConfig

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qserve.formats.grid import ChannelGrid, GroupGrid, WeightGrid, fit_grid
 from qserve.formats.layout import GROUP_SCALE_MAX
-from qserve.formats.weight import ChannelGrid, GroupGrid, WeightGrid, fit_grid
 from qserve.quant.clip import search_grid
 from qserve.quant.linear import LinearQuantizer
 from qserve.quant.recipe import RECIPES

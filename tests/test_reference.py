@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qserve.formats.activation import quantize_activation
+from qserve.formats.grid import fit_grid
 from qserve.formats.kv import KVFormat, dequantize_blocks, quantize_kv, write_tokens
-from qserve.formats.weight import W4Weight, W8Weight, fit_grid
+from qserve.formats.weight import W4Weight, W8Weight
 from qserve.kernels import (
     OpError,
     PagedBatch,

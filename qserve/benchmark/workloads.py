@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
-from qserve.formats.weight import QuantizedWeight, W4Weight, W8Weight, fit_grid
+from qserve.formats.grid import fit_grid
+from qserve.formats.weight import QuantizedWeight, W4Weight, W8Weight
 from qserve.kernels.gemm_cuda import CudaWeight
 from qserve.testing.timing import copies_beyond_cache
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qserve.formats.grid import ChannelGrid, GroupGrid, WeightGrid, fit_grid
 from qserve.formats.layout import CODE_MAX, PROTECTIVE_RANGE
-from qserve.formats.weight import ChannelGrid, GroupGrid, WeightGrid, fit_grid
 
 CLIP_RATIOS = tuple(1 - step / 100 for step in range(0, 60, 2))
 _SCALE_STEPS = (1, 0, -1, -2, -3, -4)

@@ -9,7 +9,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from qserve.formats.weight import QuantizedWeight, W8Weight, WeightGrid, fit_grid
+from qserve.formats.grid import WeightGrid, fit_grid
+from qserve.formats.weight import QuantizedWeight, W8Weight
 from qserve.quant.clip import join_grids, search_grid, split_grid
 from qserve.quant.recipe import Recipe
 from qserve.quant.rounding import InverseFactor, Moments, damped, gptq, no_worse, propagated

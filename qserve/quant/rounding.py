@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qserve.formats.grid import ChannelGrid, WeightGrid
 from qserve.formats.layout import CODE_MAX
-from qserve.formats.weight import ChannelGrid, WeightGrid
 from qserve.kernels.round_columns import BLOCK_COLUMNS, round_columns
 
 

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from qserve.formats.weight import QuantizedWeight, W8Weight, fit_grid
+from qserve.formats.grid import fit_grid
+from qserve.formats.weight import QuantizedWeight, W8Weight
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.names import linear_shapes, tensor_shapes
 from qserve.models.source import WeightSource
