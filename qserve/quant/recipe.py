@@ -43,6 +43,7 @@ class Recipe:
         arXiv 2504.09629; GPTAQ, arXiv 2504.02692, is 1).
     wide_linears: linears kept at 8 bits with those fused to them: shell patterns of names within a
         layer ("mlp.down_proj") or in the model ("model.layers.0.*").
+    group_size: of 4-bit weights; "auto" is the largest that divides every linear, -1 a whole channel.
     sequences, length: calibration windows and tokens of each.
     """
 
