@@ -6,7 +6,6 @@
 DEVICE void normalize(Values& values, const uint16* x, const Norm& norm) {
   launch_dependents();
   NormRow row(norm);
-  row.fetch_weight();
   wait_for_predecessor();
   row.fetch_residual(blockIdx.x);
   row.fetch_x(x, blockIdx.x);

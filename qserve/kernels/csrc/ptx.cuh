@@ -87,10 +87,6 @@ DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
                :: "l"(address), "r"(a), "r"(b) : "memory");
 }
 
-DEVICE void prefetch(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
-}
-
 // ---- asynchronous copies of sm_80 -----------------------------------------------------------
 
 // 16 bytes, or zeros where `valid` is false (then nothing is read).

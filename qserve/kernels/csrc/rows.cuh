@@ -39,16 +39,15 @@ struct Norm {
   float eps;
 };
 
-// One row of a norm: three fetches, in the order in which their sources are ready, then `normalize`.
-// No load comes after a store, past which the compiler may not move it.
+// One row of a norm. Everything but x may be fetched before x is there; no load comes after a store,
+// past which the compiler may not move it.
 struct NormRow {
   const Norm& norm;
   Fetched<NormWeight> gain;
   Fetched<uint16> residual, x;
 
-  __device__ __forceinline__ explicit NormRow(const Norm& n) : norm(n) {}
+  __device__ __forceinline__ explicit NormRow(const Norm& n) : norm(n) { gain.fetch(n.weight); }
 
-  __device__ __forceinline__ void fetch_weight() { gain.fetch(norm.weight); }
   __device__ __forceinline__ void fetch_residual(int64 row) {
     if (norm.residual != nullptr) residual.fetch(norm.residual + row * COLUMNS);
   }

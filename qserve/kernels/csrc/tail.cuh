@@ -13,14 +13,6 @@ constexpr uint32 NOTHING = 0xFFFFFFFFu;
 
 DEVICE int block_index() { return blockIdx.y * gridDim.x + blockIdx.x; }
 
-// The norm's weight, wanted by all rows at once and unused since the step before.
-DEVICE void prefetch_weight(const Norm& norm) {
-  constexpr int line = 128, lines = COLUMNS * sizeof(NormWeight) / line;
-  if (block_index() != 0) return;
-  for (int i = threadIdx.x; i < lines; i += BLOCK_THREADS)
-    prefetch(reinterpret_cast<const uint8*>(norm.weight) + i * line);
-}
-
 DEVICE bool complete(const uint4& v) {
   return v.x != NOTHING && v.y != NOTHING && v.z != NOTHING && v.w != NOTHING;
 }
@@ -46,7 +38,6 @@ DEVICE void finish_rows(const Norm& norm, const Quantized& out, uint16* inbox, i
     NormRow norm_row(norm);
     norm_row.fetch_residual(row);
     take(norm_row.x, inbox + row * COLUMNS);
-    norm_row.fetch_weight();  // not before: registers held while waiting are the next kernel's
     Values values;
     norm_row.normalize(values, row);
     quantize_row(values, out, row);
