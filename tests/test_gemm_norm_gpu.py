@@ -115,6 +115,7 @@ def test_outputs_that_are_no_numbers_are_outputs(dtype: torch.dtype) -> None:
     x.scale[:] = torch.tensor([math.nan, -math.nan, math.inf, -math.inf])
     product = quantized_linear(x, weight, None, dtype)
     assert product.isnan()[:2].all() and product.isinf()[2:].any()
+    assert (product.view(torch.int16) != -1).all()
     _, total = gemm_norm_cuda.linear_rms_norm_quantize(x, weight, None, dtype, gain, EPS, residual)
     torch.testing.assert_close(total, product + residual, rtol=0, atol=0, equal_nan=True)
 
