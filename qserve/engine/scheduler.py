@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from qserve.engine.block_pool import EMPTY_PREFIX, BlockPool
 from qserve.engine.request import FinishReason, RequestError
 from qserve.engine.sequence import Sequence, SequenceStatus
 
 
-@dataclass(frozen=True)
-class ScheduledChunk:
+class ScheduledChunk(NamedTuple):
     """Tokens [start, start + length) of a sequence, to be computed in one step.
 
     samples: the chunk ends with the sequence's last token, so the step samples the next one.
