@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from qserve.kernels.jit import Kernel
 HERE = Path(__file__).parent
 COMPILE = ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
 ENTRY = """
-extern "C" const char* launch(const Arguments* arguments, unsigned x, unsigned y, unsigned z,
+extern "C" const char* launch(const void* const* parameters, unsigned x, unsigned y, unsigned z,
                               int threads, unsigned seed, int longest_copy) {{
-  return run_grid({{x, y, z}}, threads, seed, longest_copy, [=] {{ {entry}(*arguments); }});
+  return run_grid({{x, y, z}}, threads, seed, longest_copy, bind({entry}, parameters));
 }}
 """
 
@@ -35,7 +36,7 @@ class EmulationError(RuntimeError):
 
 
 class Emulator:
-    """Compiles into `directory` and runs kernels whose one parameter is a struct `Arguments`.
+    """Compiles kernels into `directory` and runs them.
 
     seed: of the schedule. longest_copy: steps of the schedule that a copy may take.
     """
@@ -54,12 +55,13 @@ class Emulator:
         self, kernel: Kernel, device: torch.device, grid: Sequence[int], arguments: Sequence[Any]
     ) -> None:
         """What `Kernel.__call__` does on a GPU, for tensors on the CPU."""
-        (layout,) = kernel.parameter_formats()
-        values = (x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments)
-        packed = struct.pack(f"@{layout}0q", *values)
+        values = iter(x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments)
+        parameters = (ctypes.c_char_p * len(kernel.parameter_formats()))(
+            *(_packed(layout, values) for layout in kernel.parameter_formats())
+        )
         size = (*grid, 1, 1)[:3]
         library = self._library(kernel)
-        error = library.launch(packed, *size, kernel.threads, self.seed, self.longest_copy)
+        error = library.launch(parameters, *size, kernel.threads, self.seed, self.longest_copy)
         if error is not None:
             raise EmulationError(f"{kernel}: {error.decode()}")
 
@@ -70,10 +72,27 @@ class Emulator:
 
     def _compile(self, kernel: Kernel) -> ctypes.CDLL:
         source = self._directory / f"{kernel.entry}{len(self._libraries)}.cpp"
-        fresh = dataclasses.replace(kernel, generated="")  # whose text comes from our sources
+        is_multiply = "wgmma" in kernel.generated  # which our sources have, for both signs
+        unsigned = str(".u8." in kernel.generated).lower()
+        text = f"constexpr bool UNSIGNED_WEIGHTS = {unsigned};\n"
+        text += "" if is_multiply else kernel.generated
+        fresh = dataclasses.replace(kernel, generated=text)
         source.write_text(fresh.text + ENTRY.format(entry=kernel.entry))
         library = source.with_suffix(".so")
         subprocess.run([*COMPILE, str(source), "-o", str(library)], check=True)
         loaded = ctypes.CDLL(str(library))
         loaded.launch.restype = ctypes.c_char_p
         return loaded
+
+
+def _packed(layout: str, values: Iterator[Any]) -> bytes:
+    """One parameter, from as many values as it has fields."""
+    fields = struct.Struct(f"@{layout}0q")
+    count = len(fields.unpack(bytes(fields.size)))
+    return fields.pack(*itertools.islice(values, count))
+
+
+def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> bytes:
+    """What `kernels.tensor_map.tensor_map` does on a GPU."""
+    size = matrix.element_size()
+    return struct.pack("5Q88x", matrix.data_ptr(), size, *matrix.shape, box[0])

@@ -12,12 +12,15 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -25,6 +28,7 @@
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __CUDA_ARCH__ 900
 #define threadIdx (emulator::current->thread)
 
@@ -84,9 +88,9 @@ struct Copy {
   long due;
 };
 
-struct Multiply {  // what a thread brings to a warpgroup's multiply
-  float* d;
-  unsigned a[4];
+struct Multiplies {  // of a warpgroup, by groups that were committed, and of the group to come
+  std::deque<std::vector<std::function<void()>>> groups;
+  std::vector<std::function<void()>> open;
 };
 
 inline Fiber* current;
@@ -95,7 +99,8 @@ inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline std::vector<Fiber*> runnable;
 inline std::array<Meeting, 32> warps;
 inline std::array<Meeting, 8> warpgroups;
-inline std::array<Multiply, 1024> multiplies;
+inline std::array<Multiplies, 8> multiplies;
+inline std::array<Meeting, 16> named_barriers;
 inline Meeting block;
 inline std::map<unsigned, Barrier> barriers;
 inline std::vector<Copy> copies;
@@ -228,7 +233,8 @@ inline void create_fiber(unsigned thread) {
 }
 
 inline void run_block(int threads) {
-  warps = {}, warpgroups = {}, block = {}, finished = 0, block_threads = threads;
+  warps = {}, warpgroups = {}, multiplies = {}, named_barriers = {}, block = {};
+  finished = 0, block_threads = threads;
   runnable.clear(), copies.clear(), barriers.clear();
   std::memset(shared_memory, 0xFF, SHARED_LIMIT);
   for (int thread = 0; thread < threads; thread++) create_fiber(thread);
@@ -262,6 +268,17 @@ inline const char* run_grid(Index grid, int threads, unsigned seed, int longest_
   return emulator::error.empty() ? nullptr : emulator::error.c_str();
 }
 
+// A call of `kernel` with the parameters that `table` points to.
+template <class... Parameters>
+std::function<void()> bind(void (*kernel)(Parameters...), const void* const* table) {
+  const auto call = [=]<size_t... I>(std::index_sequence<I...>) {
+    std::tuple<std::remove_const_t<Parameters>...> values;
+    (std::memcpy(&std::get<I>(values), table[I], sizeof(std::get<I>(values))), ...);
+    kernel(std::get<I>(values)...);
+  };
+  return [=] { call(std::index_sequence_for<Parameters...>()); };
+}
+
 // ---- CUDA's built-in functions ---------------------------------------------------------------
 
 using std::max;
@@ -275,6 +292,10 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline float __double2float_rn(double a) { return a; }
+inline float __int2float_rn(int a) { return a; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline int __float2int_rn(float a) { return std::isnan(a) ? 0 : std::nearbyint(a); }
 

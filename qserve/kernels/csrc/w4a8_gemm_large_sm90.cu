@@ -22,6 +22,8 @@ constexpr int TOKEN_STAGE_BYTES = TOKENS * BLOCK;
 constexpr int WEIGHT_STAGE_BYTES = ROWS / SLAB_ROWS * SLAB_BYTES;
 constexpr int STAGING_BYTES = CHUNK_TOKENS * SLAB_ROWS * 2;
 
+extern __shared__ uint8 shared_memory[];
+
 struct Shared {
   uint32 tokens, staging, weights, terms;
   Barriers barriers;
@@ -312,8 +314,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     w4a8_gemm_large(const __grid_constant__ TensorMap token_map,
                     const __grid_constant__ TensorMap output_map, const Operands operands,
                     int whole_tiles) {
-  extern __shared__ uint8 dynamic[];
-  const Shared shared(round_up(shared_address(dynamic), 1024));
+  const Shared shared(round_up(shared_address(shared_memory), 1024));
   const TileQueue queue(operands, whole_tiles);
   const int warp = warp_index(), lane = threadIdx.x % 32;
 
