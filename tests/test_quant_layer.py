@@ -170,15 +170,16 @@ def test_queries_and_keys_are_clipped_by_what_attention_loses() -> None:
     layer["self_attn.q_proj.weight"][3::64] *= 4  # rows that make the others' heads worth clipping
     layer["self_attn.k_proj.weight"][70] *= 6
     x = torch.randn(4 * LENGTH, config.hidden_size)
+    served = x + 0.2 * torch.randn_like(x)
     recipe = replace(RTN, kv_bits=16, activation_bits=16, grid="output")
-    quantized, _ = _quantizer(source, recipe, -1).quantize(layer, Streams([x], [x]))
+    quantized, _ = _quantizer(source, recipe, -1).quantize(layer, Streams([x], [served]))
     exact = _attention(config, layer, x)
     for part, heads in (("self_attn.q_proj", 4), ("self_attn.k_proj", 2)):
         weight, losses = layer[f"{part}.weight"], []
         for ratio in CLIP_RATIOS:
             grid = ChannelGrid.fit(weight, ratio)
             trial = {**layer, f"{part}.weight": grid.dequantize(grid.quantize(weight))}
-            lost = (_attention(config, trial, x) - exact).square()
+            lost = (_attention(config, trial, served) - exact).square()
             losses.append(lost.reshape(len(x), heads, -1).sum(dim=(0, 2)))
         best = torch.tensor(CLIP_RATIOS)[torch.stack(losses).argmin(dim=0)]
         assert best.min() < 1 and len(best.unique()) > 1
@@ -186,6 +187,22 @@ def test_queries_and_keys_are_clipped_by_what_attention_loses() -> None:
         assert isinstance(packed, W4Weight)
         expected = ChannelGrid.fit(weight, best.repeat_interleave(64)).scale
         assert torch.equal(packed.s1_scales, expected), part
+
+
+def test_weights_are_fitted_to_the_inputs_that_they_will_see() -> None:
+    source = tiny_source()
+    recipe = replace(RECIPES["gptq"], activation_bits=8, kv_bits=4)
+    exact, served = torch.randn(2, 8 * LENGTH, 128)
+
+    def query(first: Tensor, second: Tensor, recipe: Recipe = recipe) -> Tensor:
+        streams = Streams([first], [second])
+        quantized, _ = _quantizer(source, recipe).quantize(read_layer(source, 0), streams)
+        return quantized.served["self_attn.q_proj.weight"]
+
+    fitted = query(exact, served)
+    assert torch.equal(fitted, query(served, served))
+    assert not torch.equal(fitted, query(exact, exact))
+    assert not torch.equal(fitted, query(exact, served, replace(recipe, activation_bits=16)))
 
 
 def test_tokens_drowned_by_their_residual_stream_do_not_count() -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from quant_helpers import SMALLEST, bytes_of, quantize_small
+import quant_helpers
+import torch
+from quant_helpers import SMALL, SMALLEST, bytes_of, quantize_small
+from torch import Tensor
 
 from qserve.formats.checkpoint import CheckpointWriter
 from qserve.quant import pipeline
+from qserve.quant.calibrate import read_layer
 from qserve.quant.layer import LayerQuantizer
 from qserve.quant.linear import LinearQuantizer
+from qserve.quant.pipeline import plan
 from qserve.quant.recipe import RECIPES
+from qserve.quant.rotate import RotatedSource
 from qserve.testing.tiny import tiny_source
 
 
@@ -80,6 +87,45 @@ def test_killed_at_any_step_and_resumed_gives_the_same_bytes(
         bytes_of(quantize_small(tiny_source(SMALLEST), tmp_path / "model", RECIPES["qoq"]))
         == expected
     )
+
+
+def test_a_run_goes_on_only_with_what_it_was_begun_with() -> None:
+    def fingerprint(
+        model_seed: int = 0, group_size: int = 64, seed: int = 0, **changes: Any
+    ) -> str:
+        recipe = replace(RECIPES["gptq"], **SMALL, **changes)
+        return plan(
+            tiny_source(SMALLEST, model_seed), recipe, group_size, __file__, seed
+        ).fingerprint()
+
+    different = (
+        {},
+        {"model_seed": 1},
+        {"group_size": -1},
+        {"seed": 1},
+        {"damping": 0.5},
+        {"wide_linears": ("mlp.down_proj",)},
+    )
+    prints = [fingerprint(**changes) for changes in different]
+    assert len(set(prints)) == len(different) and prints[0] == fingerprint()
+
+
+def test_layers_of_a_rotated_model_are_calibrated_in_its_basis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[Tensor] = []
+    monkeypatch.setattr(
+        CheckpointWriter, "save_state", lambda _, done, tensors: states.append(tensors["exact"])
+    )
+    source, recipe = tiny_source(SMALLEST), replace(RECIPES["quarot"], passes=())
+    quantize_small(source, tmp_path / "model", recipe)
+    job = plan(source, replace(recipe, **SMALL), 64, quant_helpers.__file__)
+    batches = job._embed(source)
+    for index, state in enumerate(states):
+        batches = job._quantizer().run_exact(read_layer(source, index), batches)
+        expected = torch.cat(batches) @ RotatedSource(source).rotation.float()
+        torch.testing.assert_close(state, expected, rtol=1e-3, atol=1e-3)
+    assert len(states) == 2
 
 
 def test_a_resumed_run_writes_only_what_is_missing(
