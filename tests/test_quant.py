@@ -14,6 +14,7 @@ import pytest
 import torch
 from quant_helpers import QUIET, SMALL, SMALLEST, bytes_of, quantize_small
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from qserve.cli import main
@@ -25,8 +26,9 @@ from qserve.models.source import WeightSource, open_source
 from qserve.quant import calibrate
 from qserve.quant.calibrate import CalibrationError, Layer, calibration_text, read_layer
 from qserve.quant.layer import LayerQuantizer, Streams
-from qserve.quant.pipeline import plan, quantize
+from qserve.quant.pipeline import Job, plan, quantize
 from qserve.quant.recipe import RECIPES, Recipe, RecipeError, find_recipe
+from qserve.quant.rotate import RotatedSource
 from qserve.testing.tiny import (
     MemorySource,
     quantized_source,
@@ -163,6 +165,25 @@ def test_a_trial_is_judged_by_text_it_was_not_fitted_to(monkeypatch: pytest.Monk
     assert job._trial_error(read_layer(source, 0), list(torch.randn(4, 32, 128))) > 0
     assert len(fitted) == 6 and len(judged) == 1
     assert not any(torch.equal(judged[0], each) for each in fitted)
+
+
+def test_a_rotation_is_tried_on_what_reaches_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Tensor] = []
+
+    def note(_: Job, layer: Layer, batches: list[Tensor]) -> float:
+        tried.append(torch.cat(batches))
+        return float(len(tried))
+
+    monkeypatch.setattr(Job, "_trial_error", note)
+    source = tiny_source(tiny_config(num_hidden_layers=3))
+    job = plan(source, replace(RECIPES["rtn"], **SMALL), 64, __file__)
+    rotated = RotatedSource(source)
+    assert job._trial_errors(rotated, Progress(disable=True)) == (1.0 + 3.0, 2.0 + 4.0)
+    batches = job._embed(source)[:4]
+    for index, (plain, turned) in enumerate((tried[:2], tried[2:])):
+        batches = job._quantizer().run_exact(read_layer(source, index), batches)
+        torch.testing.assert_close(plain, torch.cat(batches))
+        torch.testing.assert_close(turned, plain @ rotated.rotation.float())
 
 
 def test_a_wide_linear_that_is_not_there_is_refused(tmp_path: Path) -> None:
