@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--max-batch", type=int, default=64)
-    parser.add_argument("--num-pages", type=int, default=256)
+    parser.add_argument("--num-pages", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     config = EngineConfig(
