@@ -101,7 +101,7 @@ class Breakdown:
 
 
 def bench_breakdown(
-    engine: Engine, group_size: int, batch: int, context: int, steps: int = 8
+    engine: Engine, group_size: int, batch: int, context: int, steps: int = 32
 ) -> Breakdown:
     """Profile `steps` decode steps of `batch` sequences whose prompts have `context` tokens.
 
