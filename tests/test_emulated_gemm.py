@@ -1,4 +1,4 @@
-"""The Hopper GEMM for many tokens, its own code, run on a CPU under random schedules."""
+"""The Hopper GEMMs, their own code, run on a CPU under random schedules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from emulator import Emulator, tensor_map
 from qserve.formats.activation import quantize_activation
 from qserve.formats.grid import fit_grid
 from qserve.formats.weight import QuantizedWeight, W8Weight
-from qserve.kernels import gemm_cuda, jit
+from qserve.kernels import gemm_cuda, jit, quantized_linear, rms_norm_quantize
 from qserve.kernels.gemm import reference_linear
 from qserve.kernels.gemm_cuda import CudaWeight
+from qserve.kernels.gemm_norm_cuda import linear_rms_norm_quantize
 from qserve.kernels.gemm_variants import gemm_kernel
 from qserve.kernels.jit import Kernel
 from qserve.kernels.tiles import Device, Tile
@@ -67,6 +68,70 @@ def test_many_tokens(
         monkeypatch.setattr(emulator, "longest_copy", longest_copy)
         n, k, m = ((192, 640, 70), (320, 1024, 300), (64, 128, 5), (448, 384, 513))[seed]
         assert is_exact(tile, quantized(torch.randn(n, k), weight_format), m), (n, k, m)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "weight_format"),
+    [
+        (16, (320, 640, 3), "channel"),
+        (32, (192, 640, 37), "group128"),
+        (64, (64, 128, 65), "group64"),
+        (16, (128, 640, 17), "int8"),
+    ],
+)
+def test_few_tokens(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    shape: tuple[int, int, int],
+    weight_format: str,
+) -> None:
+    """Without clusters: blocks run one after the other."""
+    n, k, m = shape
+    for seed, longest_copy in enumerate((20000, 200)):
+        monkeypatch.setattr(emulator, "seed", seed)
+        monkeypatch.setattr(emulator, "longest_copy", longest_copy)
+        assert is_exact(Tile("small", 128, tokens), quantized(torch.randn(n, k), weight_format), m)
+
+
+def assert_norm_takes_outputs(tokens: int) -> None:
+    """One block does row after row, and leaves the inbox empty for the next launch."""
+    weight = CudaWeight._repack(quantized(torch.randn(128, 256), "group128"))
+    x, residual = quantize_activation(torch.randn(tokens, 256)), torch.randn(tokens, 128).half()
+    gain = torch.rand(128) + 0.5
+    found, total = linear_rms_norm_quantize(
+        x, weight, None, torch.float16, gain, 1e-5, residual, Tile("small", 128, 16)
+    )
+    product = quantized_linear(x, weight, None, torch.float16)
+    expected, expected_total = rms_norm_quantize(product, gain, 1e-5, residual)
+    assert torch.equal(total, expected_total)
+    assert (found.codes.int() - expected.codes.int()).abs().max() <= 1
+    assert torch.equal(found.row_sum, found.codes.sum(1, dtype=torch.int32))
+    torch.testing.assert_close(found.scale, expected.scale)
+    assert (weight.inbox == -1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_norm_takes_outputs_as_they_come(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(emulator, "seed", seed)
+    assert_norm_takes_outputs(1 + 2 * seed)
+
+
+def test_a_norm_that_does_not_wait_is_caught(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = emulator.sources / "tail.cuh"
+    text = source.read_text()
+    assert "while (!all);" in text
+    monkeypatch.setattr(gemm_cuda, "gemm_kernel", gemm_kernel.__wrapped__)
+    try:
+        source.write_text(text.replace("while (!all);", "while (false);"))
+        with pytest.raises(AssertionError):
+            assert_norm_takes_outputs(3)
+    finally:
+        source.write_text(text)
 
 
 def is_exact(tile: Tile, weight: QuantizedWeight, tokens: int) -> bool:

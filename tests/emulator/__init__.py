@@ -75,7 +75,8 @@ class Emulator:
         is_multiply = "wgmma" in kernel.generated  # which our sources have, for both signs
         unsigned = str(".u8." in kernel.generated).lower()
         text = f"constexpr bool UNSIGNED_WEIGHTS = {unsigned};\n"
-        text += "" if is_multiply else kernel.generated
+        lines = kernel.generated.splitlines(keepends=True)
+        text += "".join(x for x in lines if not is_multiply or x.startswith("using "))
         fresh = dataclasses.replace(kernel, generated=text)
         source.write_text(fresh.text + ENTRY.format(entry=kernel.entry))
         library = source.with_suffix(".so")

@@ -71,8 +71,21 @@ DEVICE void mbarrier_wait(uint32 barrier, uint32 phase) {
   }
 }
 
+// What others have not stored yet, they may store before the next look.
+DEVICE uint4 load_relaxed_16(const void* address) {
+  emulator::runnable.push_back(emulator::current);
+  emulator::leave();
+  return *static_cast<const uint4*>(address);
+}
+
+DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
+  *static_cast<uint2*>(address) = {a, b};
+}
+
 // Clusters are not emulated.
 DEVICE uint32 cluster_rank() { return 0; }
+DEVICE void cluster_arrive() { emulator::fail("no clusters here"); }
+DEVICE void cluster_wait() { emulator::fail("no clusters here"); }
 DEVICE void cluster_sync() { emulator::fail("no clusters here"); }
 DEVICE uint32 peer_address(uint32, uint32) { emulator::fail("no clusters here"); }
 DEVICE int4 load_peer_16(uint32) { emulator::fail("no clusters here"); }

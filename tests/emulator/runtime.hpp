@@ -285,6 +285,7 @@ using std::max;
 using std::min;
 
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned word) { return emulator::from_word<float>(word); }
 inline unsigned __float_as_uint(float value) { return emulator::to_word(value); }
@@ -296,6 +297,7 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 inline float __double2float_rn(double a) { return a; }
 inline float __int2float_rn(int a) { return a; }
+inline float __frsqrt_rn(float a) { return 1.0 / std::sqrt(static_cast<double>(a)); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline int __float2int_rn(float a) { return std::isnan(a) ? 0 : std::nearbyint(a); }
 

@@ -39,6 +39,8 @@ struct Norm {
   float eps;
 };
 
+__shared__ float squares[WARPS];
+
 // One row of a norm. Everything but x may be fetched before x is there; no load comes after a store,
 // past which the compiler may not move it.
 struct NormRow {
@@ -57,7 +59,7 @@ struct NormRow {
 
   // Returns this thread's sum of squares.
   __device__ __forceinline__ float add_residual(Values& values, int64 row) {
-    float squares = 0;
+    float sum = 0;
     each_vector([&](int i, int vector) {
       float(&v)[WIDTH] = values.at[i];
       unpack(x.at[i], v);
@@ -71,13 +73,12 @@ struct NormRow {
         unpack_vector<BFLOAT16>(total, v);
       }
 #pragma unroll
-      for (int e = 0; e < WIDTH; e++) squares += v[e] * v[e];
+      for (int e = 0; e < WIDTH; e++) sum += v[e] * v[e];
     });
-    return squares;
+    return sum;
   }
 
   __device__ __forceinline__ void normalize(Values& values, int64 row) {
-    __shared__ float squares[WARPS];
     const float sum = reduce(add_residual(values, row), Sum(), squares);
     const float inverse_rms = __frsqrt_rn(sum / COLUMNS + norm.eps);
     each_vector([&](int i, int) {

@@ -21,6 +21,8 @@ constexpr int RING_BYTES = STAGES * (TOKEN_STAGE_BYTES + WEIGHT_STAGE_BYTES);
 constexpr int DATA_BYTES = RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES;  // sums follow the ring
 static_assert(1024 + DATA_BYTES + BARRIER_BYTES <= SHARED_BYTES, "too little shared memory");
 
+extern __shared__ uint8 shared_memory[];
+
 struct Shared {
   uint32 tokens, weights;
   Barriers barriers;
@@ -108,8 +110,7 @@ DEVICE void accumulate(int (&accumulator)[1][TOKENS / 2], const Shared& shared, 
 
 // All of a kernel but its end: `await_peers`.
 DEVICE void multiply_tile(const TensorMap* token_map, const Operands& operands, uint16* output) {
-  extern __shared__ uint8 dynamic[];
-  const Shared shared(round_up(shared_address(dynamic), 1024));
+  const Shared shared(round_up(shared_address(shared_memory), 1024));
   const int warp = warp_index(), lane = threadIdx.x % 32;
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
   const int first_row = blockIdx.x / CLUSTER * ROWS, first_token = blockIdx.y * TOKENS;
