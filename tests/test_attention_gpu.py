@@ -19,7 +19,13 @@ from qserve.kernels import (
     quantize_per_token,
     rope_append,
 )
-from qserve.testing.paging import attention_in_double, poison, random_batch, random_pool
+from qserve.testing.paging import (
+    attention_in_double,
+    poison,
+    random_batch,
+    random_pool,
+    relative_errors,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -41,14 +47,6 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: allocate_like(tensor).fill_(math.nan))
     yield
-
-
-def relative_errors(out: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """One per row, in the l2 norm: what is left of the squared error without the one that rounding
-    exact results makes, which in bfloat16 is 1.6e-3 alone."""
-    error, rounding = out.double() - expected, expected.to(out.dtype).double() - expected
-    own = error.square().sum(dim=1) - rounding.square().sum(dim=1)
-    return own.clamp(min=0).sqrt() / expected.norm(dim=1)
 
 
 def assert_equal(found: QuantizedActivation, expected: QuantizedActivation) -> None:

@@ -31,6 +31,7 @@ from qserve.testing.paging import (
     poison,
     random_batch,
     random_pool,
+    relative_errors,
 )
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -159,12 +160,17 @@ def decode(
     inputs = AttentionInputs(q, batch, pool, kv_format, dim**-0.5, window)
     decode_cuda.attend(inputs, out)
     expected = attention_in_double(q, batch, pool, kv_format, dim**-0.5, window)
-    return float(((out.flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)).max())
+    return float(relative_errors(out.flatten(1), expected).max())
 
 
 @pytest.mark.parametrize(
-    ("bits", "dim", "query_heads", "kv_heads", "shared_bytes"),
-    [(4, 128, 2, 2, HOPPER), (4, 64, 12, 1, HOPPER), (8, 64, 3, 1, HOPPER), (8, 128, 7, 1, ADA)],
+    ("bits", "dim", "query_heads", "kv_heads", "dtype", "shared_bytes"),
+    [
+        (4, 128, 2, 2, torch.float16, HOPPER),
+        (4, 64, 12, 1, torch.bfloat16, HOPPER),
+        (8, 64, 3, 1, torch.float16, HOPPER),
+        (8, 128, 7, 1, torch.bfloat16, ADA),
+    ],
 )
 def test_decode(
     emulator: Emulator,
@@ -173,10 +179,11 @@ def test_decode(
     dim: int,
     query_heads: int,
     kv_heads: int,
+    dtype: torch.dtype,
     shared_bytes: int,
 ) -> None:
     shape = DecodeShape(
-        KVFormat(bits, dim, kv_heads), query_heads, torch.float16, shared_bytes, overlap=True
+        KVFormat(bits, dim, kv_heads), query_heads, dtype, shared_bytes, overlap=True
     )
     assert decode(monkeypatch, shape, [1, 63, 64, 65, 2200]) < 1e-3
     assert decode(monkeypatch, shape, [1, 300], window=100, blocks=1) < 1e-3
