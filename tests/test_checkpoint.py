@@ -91,6 +91,19 @@ def test_commit_replaces_the_old_checkpoint_whole(tmp_path: Path) -> None:
     assert not (directory / "model-1.safetensors").exists()
 
 
+def test_what_an_earlier_kill_left_beside_the_checkpoint_is_cleared(tmp_path: Path) -> None:
+    """A kill after both renames leaves the replaced checkpoint behind."""
+    directory = tmp_path / "model"
+    for value in (1, 2):
+        writer = CheckpointWriter(directory, str(value))
+        writer.write("model-0", {"x": torch.tensor([value])})
+        (tmp_path / ".model.replaced").mkdir()
+        (tmp_path / ".model.replaced" / "config.json").write_text("{}")
+        writer.commit({})
+    assert torch.equal(_read(directory)["x"], torch.tensor([2]))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_failed_write_leaves_the_old_checkpoint_and_no_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

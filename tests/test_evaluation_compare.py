@@ -137,13 +137,28 @@ def test_another_study_shares_nothing(
     assert "quantize" in work
 
 
+@pytest.mark.parametrize(
+    "changes", [{"text": TEXT.upper()}, {"window_length": 64}, {"max_windows": 2}], ids=str
+)
 def test_another_text_needs_no_other_checkpoint(
-    source: MemorySource, tmp_path: Path, work: list[str]
+    source: MemorySource, tmp_path: Path, work: list[str], changes: dict[str, object]
 ) -> None:
     compare(study(source), tmp_path)
     work.clear()
-    compare(study(source, text=TEXT.upper()), tmp_path)
+    compare(study(source, **changes), tmp_path)
     assert work == ["measure_perplexity", "diff_models", "measure_perplexity"]
+
+
+def test_other_calibration_text_needs_another_checkpoint(
+    source: MemorySource, tmp_path: Path, work: list[str]
+) -> None:
+    fitted = replace(NEAREST, rounding="gptq")
+    first = compare(study(source, recipes=[fitted]), tmp_path)
+    work.clear()
+    (tmp_path / "other").write_text(TEXT.upper())
+    other = compare(study(source, recipes=[fitted], calibration=str(tmp_path / "other")), tmp_path)
+    assert work == ["quantize", "diff_models", "measure_perplexity"]
+    assert other.rows[0].perplexity != first.rows[0].perplexity
 
 
 def test_goes_on_where_it_was_stopped(

@@ -167,6 +167,9 @@ def test_both_orders_of_level_2_scales_are_read() -> None:
     assert not torch.equal(theirs.integers(), ours.integers())
     assert torch.equal(theirs.in_kernel_order().integers(), ours.integers())
     assert ours.in_kernel_order() is ours
+    wild = replace(ours, s2_scales=torch.full_like(ours.s2_scales, 100))
+    with pytest.raises(FormatError, match="leave 8 bits in either known order"):
+        wild.in_kernel_order()
 
 
 def test_concatenation_stacks_rows() -> None:

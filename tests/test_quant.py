@@ -24,7 +24,13 @@ from qserve.models.config import ModelError
 from qserve.models.loader import load_decoder, read_weight
 from qserve.models.source import WeightSource, open_source
 from qserve.quant import calibrate
-from qserve.quant.calibrate import CalibrationError, Layer, calibration_text, read_layer
+from qserve.quant.calibrate import (
+    CalibrationError,
+    Layer,
+    calibration_text,
+    calibration_windows,
+    read_layer,
+)
 from qserve.quant.layer import LayerQuantizer, Streams
 from qserve.quant.pipeline import Job, plan, quantize
 from qserve.quant.recipe import RECIPES, Recipe, RecipeError, find_recipe
@@ -35,6 +41,7 @@ from qserve.testing.tiny import (
     save_tiny_model,
     tiny_config,
     tiny_source,
+    tiny_tokenizer,
 )
 
 ACCURACY = Path(__file__).parent.parent / "docs" / "accuracy.md"
@@ -216,6 +223,19 @@ def test_calibration_text_of_a_file_is_used(tmp_path: Path) -> None:
         for run, origin in enumerate((None, str(text)))
     ]
     assert models[0]["model-00001.safetensors"] != models[1]["model-00001.safetensors"]
+
+
+def test_calibration_windows_are_pieces_of_the_text_without_overlap() -> None:
+    text = "".join(map(chr, torch.randint(32, 127, (1000,))))
+    windows, again, other = (
+        calibration_windows(tiny_tokenizer(), text, 7, 100, seed) for seed in (3, 3, 4)
+    )
+    assert windows.shape == (7, 100)
+    starts = [text.index(tiny_tokenizer().decode(window)) for window in windows]
+    assert len(set(starts)) == 7 and all(start % 100 == 0 for start in starts)
+    assert torch.equal(windows, again) and not torch.equal(windows, other)
+    with pytest.raises(CalibrationError, match="has 1000 tokens, 1100 are needed"):
+        calibration_windows(tiny_tokenizer(), text, 11, 100, 0)
 
 
 def test_calibration_text_of_a_data_set_is_its_training_split(

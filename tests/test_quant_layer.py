@@ -203,6 +203,7 @@ def test_weights_are_fitted_to_the_inputs_that_they_will_see() -> None:
     assert torch.equal(fitted, query(served, served))
     assert not torch.equal(fitted, query(exact, exact))
     assert not torch.equal(fitted, query(exact, served, replace(recipe, activation_bits=16)))
+    assert not torch.equal(fitted, query(exact, served, replace(recipe, propagation=0.5)))
 
 
 def test_tokens_drowned_by_their_residual_stream_do_not_count() -> None:
