@@ -212,6 +212,16 @@ def test_wide_linears_of_the_command_line(tmp_path: Path) -> None:
         main([*command, "lm_head"])
 
 
+def test_seed_of_the_command_line_chooses_windows(tmp_path: Path) -> None:
+    model, made = save_tiny_model(tmp_path / "model"), []
+    for run, seed in enumerate(("1", "1", "2")):
+        output = tmp_path / str(run)
+        with pytest.raises(SystemExit, match="0"):
+            main(["quantize", str(model), "-o", str(output), "--recipe", "gptq", "--seed", seed])
+        made.append(bytes_of(output)["model-00001.safetensors"])
+    assert made[0] == made[1] != made[2]
+
+
 def test_calibration_text_of_a_file_is_used(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 500)

@@ -65,12 +65,13 @@ def quantize(
         list[str] | None,
         typer.Option(help="Linears to keep at 8 bits: mlp.down_proj, or 'model.layers.0.*'."),
     ] = None,
+    seed: Annotated[int, typer.Option(help="Which windows of the text to calibrate with.")] = 0,
 ) -> None:
     """Quantize a model to W4A8KV4; an existing checkpoint is replaced once the new one is whole."""
     from qserve.models.source import open_source
 
     size = GROUP_SIZES[group_size]
-    quantize_model(open_source(model), output, recipe, size, calibration, tuple(wide or ()))
+    quantize_model(open_source(model), output, recipe, size, calibration, tuple(wide or ()), seed)
 
 
 @app.command()

@@ -98,10 +98,11 @@ def quantize_model(
     group_size: GroupSize = "auto",
     calibration: str | None = None,
     wide_linears: tuple[str, ...] = (),
+    seed: int = 0,
 ) -> None:
     """Quantize on the GPU where there is one; shows progress on stderr.
 
-    wide_linears: patterns as in `Recipe`, besides the recipe's own.
+    wide_linears: patterns as in `Recipe`, besides the recipe's own. seed: of calibration windows.
     """
     import torch
 
@@ -112,7 +113,7 @@ def quantize_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = find_recipe(recipe)
     chosen = replace(chosen, wide_linears=(*chosen.wide_linears, *wide_linears))
-    quantize(source, directory, chosen, group_size, calibration, device=device, console=console)
+    quantize(source, directory, chosen, group_size, calibration, seed, device, console)
 
 
 def _check_replaceable(directory: Path, source: WeightSource) -> None:
