@@ -13,7 +13,11 @@ constexpr int QUERY_WARPS = (QUERY_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
 constexpr int KV_WARPS = (KV_HEADS + HEADS_PER_WARP - 1) / HEADS_PER_WARP;
 constexpr int TOKEN_WARPS = QUERY_WARPS + 2 * KV_WARPS;
 constexpr int QKV_HEADS = QUERY_HEADS + 2 * KV_HEADS;
+#if __CUDA_ARCH__ >= 900
 constexpr int BLOCKS_PER_SM = 1536 / THREADS;  // leaves 40 registers a thread
+#else
+constexpr int BLOCKS_PER_SM = 1280 / THREADS;  // 48, which sm_80 needs
+#endif
 constexpr float HALF_MAX = 65504.0f;
 
 // Makes the Hadamard matrix orthonormal; it is applied with the rotation, whose factors are there
