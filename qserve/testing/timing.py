@@ -70,10 +70,14 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
 
 def sustained(peers: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, dict[str, float]]:
     """Each peer's calls, over and over for `seconds`, in both orders: the means of microseconds for
-    all of its calls once, of the clock in megahertz and of the power in watts, half-way through."""
+    all of its calls once, of the clock in megahertz and of the power in watts, half-way through.
+
+    A peer runs as long before its time is taken: until then the clock is still what the one before it
+    has left."""
     graphs = {name: _capture(calls) for name, calls in peers.items()}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
     for name in (*graphs, *reversed(graphs)):
+        _run_for(graphs[name], seconds)
         runs[name].append(_run_for(graphs[name], seconds))
     return {
         name: {key: statistics.mean(run[key] for run in taken) for key in taken[0]}
