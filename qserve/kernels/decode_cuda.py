@@ -73,8 +73,8 @@ def _launch_combine(inputs: AttentionInputs, plan: DecodePlan, out: Tensor) -> N
 class DecodeShape:
     """What one variant of the decode kernel is compiled for; dtype is that of q and the output.
 
-    shared_bytes: shared memory that a block alone on a multiprocessor may have. overlap: start before the preceding kernel
-    has ended, which must not have made the work list.
+    shared_bytes: shared memory that a block alone on a multiprocessor may have. overlap: start
+    before the preceding kernel has ended, which must not have made the work list.
     """
 
     kv_format: KVFormat
