@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,19 +121,25 @@ def test_a_norm_takes_outputs_as_they_come(
     assert_norm_takes_outputs(1 + 2 * seed)
 
 
+@contextmanager
+def planted(source: Path, sound: str, faulty: str) -> Iterator[None]:
+    """The kernel's source with a fault in it."""
+    text = source.read_text()
+    assert sound in text
+    try:
+        source.write_text(text.replace(sound, faulty))
+        yield
+    finally:
+        source.write_text(text)
+
+
 def test_a_norm_that_does_not_wait_is_caught(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = emulator.sources / "tail.cuh"
-    text = source.read_text()
-    assert "while (!all);" in text
     monkeypatch.setattr(gemm_cuda, "gemm_kernel", gemm_kernel.__wrapped__)
-    try:
-        source.write_text(text.replace("while (!all);", "while (false);"))
-        with pytest.raises(AssertionError):
-            assert_norm_takes_outputs(3)
-    finally:
-        source.write_text(text)
+    fault = planted(emulator.sources / "tail.cuh", "while (!all);", "while (false);")
+    with fault, pytest.raises(AssertionError):
+        assert_norm_takes_outputs(3)
 
 
 def is_exact(tile: Tile, weight: QuantizedWeight, tokens: int) -> bool:
@@ -144,13 +152,7 @@ def is_exact(tile: Tile, weight: QuantizedWeight, tokens: int) -> bool:
 def test_a_stage_released_under_a_multiply_is_caught(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = emulator.sources / "w4a8_gemm_large_sm90.cu"
-    text = source.read_text()
-    assert "wgmma_wait<1>();" in text
     monkeypatch.setattr(gemm_cuda, "gemm_kernel", gemm_kernel.__wrapped__)
-    try:
-        source.write_text(text.replace("wgmma_wait<1>();", ""))
-        weight = quantized(torch.randn(128, 1024), "group128")
+    weight = quantized(torch.randn(128, 1024), "group128")
+    with planted(emulator.sources / "w4a8_gemm_large_sm90.cu", "wgmma_wait<1>();", ""):
         assert not is_exact(Tile("large", 128, 256), weight, 256)
-    finally:
-        source.write_text(text)

@@ -148,7 +148,7 @@ def decode(
     blocks: int = 3,
 ) -> float:
     """The largest relative error of a row; unused scales and outputs start as NaN."""
-    monkeypatch.setattr(decode_cuda, "_multiprocessors", lambda _: blocks)
+    monkeypatch.setattr(decode_cuda, "multiprocessors", lambda _: blocks)
     monkeypatch.setattr(decode_cuda, "_shared_bytes", lambda _: shape.shared_bytes)
     kv_format, num_pages = shape.kv_format, sum(map(pages_of, contexts)) + 2
     batch = random_batch(contexts, [1] * len(contexts), num_pages)
@@ -250,7 +250,7 @@ def prefill(
 ) -> float:
     """The largest relative error of a row. Unused scales and outputs start as NaN; rows that are not
     the kernel's stay so."""
-    monkeypatch.setattr(prefill_sm90_cuda, "_multiprocessors", lambda _: blocks)
+    monkeypatch.setattr(prefill_sm90_cuda, "multiprocessors", lambda _: blocks)
     num_pages, dim = sum(map(pages_of, contexts)) + 2, kv_format.head_dim
     batch = random_batch(contexts, queries, num_pages)
     pool = random_pool(kv_format, num_pages)

@@ -13,7 +13,7 @@ from qserve.engine.request import TokenLogprob
 from qserve.engine.sampler import Row
 from qserve.engine.scheduler import ScheduledChunk, StepPlan
 from qserve.engine.sequence import Sequence
-from qserve.engine.transfer import to_device
+from qserve.kernels.transfer import to_device
 
 ROWS_AT_ONCE = 128
 """Tokens scored at once: their logits over the whole vocabulary are large."""

@@ -19,8 +19,8 @@ from torch import Tensor
 from qserve.engine.request import SamplingParams
 from qserve.engine.sequence import Sequence
 from qserve.engine.token_counts import TokenCounts
-from qserve.engine.transfer import to_device
 from qserve.kernels.draw import draw_tokens, pack_draws
+from qserve.kernels.transfer import to_device
 
 
 class Row(NamedTuple):

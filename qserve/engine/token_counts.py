@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qserve.engine.sequence import Sequence
-from qserve.engine.transfer import to_device
+from qserve.kernels.transfer import to_device
 
 _FEWEST_ROWS = 8
 

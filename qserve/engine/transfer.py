@@ -1,20 +1,11 @@
-"""Values on their way between host and device, without the host waiting for them."""
+"""Tensors on their way to the host, without the host waiting for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of host values; on a GPU it is on its way without the host waiting for it."""
-    tensor = torch.tensor(values, dtype=dtype)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Readback:

@@ -38,7 +38,7 @@ def paged_attention(
     Hq is a multiple of Hkv. Returns [T, Hq * D] in q's dtype.
     What lies in a page past the context is never read as a number.
     """
-    _check("paged_attention", q, batch, pool, kv_format)
+    _check(q, batch, pool, kv_format)
     if q.is_cuda:
         from qserve.kernels import attention_cuda
 
@@ -60,18 +60,12 @@ def paged_attention_quantize(
     window: int | None = None,
 ) -> QuantizedActivation:
     """`paged_attention`, rounded to q's dtype, then per-token int8 of [T, Hq * D]."""
-    if q.is_cuda:
-        from qserve.kernels import attention_cuda
-
-        _check("paged_attention_quantize", q, batch, pool, kv_format)
-        inputs = AttentionInputs(q, batch, pool, kv_format, scale, window)
-        return attention_cuda.paged_attention_quantize(inputs)
     return quantize_per_token(paged_attention(q, batch, pool, kv_format, scale, window))
 
 
-def _check(op: str, q: Tensor, batch: PagedBatch, pool: Tensor, kv_format: KVFormat) -> None:
+def _check(q: Tensor, batch: PagedBatch, pool: Tensor, kv_format: KVFormat) -> None:
     kv_heads, head_dim = kv_format.num_kv_heads, kv_format.head_dim
-    contract = Contract(op)
+    contract = Contract("paged_attention")
     contract.check("q", q, ("T", "Hq", head_dim), *FLOAT_DTYPES)
     contract.check("pool", pool, ("pages", kv_heads, kv_format.block_bytes), torch.uint8)
     contract.check("page_table", batch.page_table, ("B", "P"), torch.int32)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qserve.formats.activation import QuantizedActivation
 from qserve.kernels import decode_cuda, prefill_cuda, prefill_sm90_cuda
-from qserve.kernels.fused import quantize_per_token
 from qserve.kernels.op import OpError
 from qserve.kernels.paged import AttentionInputs
 
@@ -27,11 +25,6 @@ def paged_attention(inputs: AttentionInputs) -> Tensor:
     if done < len(out):
         decode_cuda.attend(inputs, out)
     return out.flatten(1)
-
-
-def paged_attention_quantize(inputs: AttentionInputs) -> QuantizedActivation:
-    """See `attention.paged_attention_quantize`; q is float16 or bfloat16."""
-    return quantize_per_token(paged_attention(inputs))
 
 
 def _prefill(inputs: AttentionInputs, out: Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qserve.formats.kv import KVFormat
-from qserve.kernels.jit import Kernel
+from qserve.kernels.jit import Kernel, multiprocessors
 from qserve.kernels.paged import AttentionInputs, PagedBatch
 
 SPLIT_PAGES = 32
@@ -57,7 +57,7 @@ def _launch_decode(inputs: AttentionInputs, out: Tensor) -> DecodePlan:
     targets = (out, plan.partials, plan.partial_sums)
     arguments = (q, inputs.pool, batch.page_table, *work, *targets, *sizes)
     pieces = len(plan.items) * kv_format.num_kv_heads * shape.tiles
-    blocks = min(pieces, BLOCKS * _multiprocessors(device))
+    blocks = min(pieces, BLOCKS * multiprocessors(device))
     decode_kernel(shape)(device, (blocks,), arguments)
     return plan
 
@@ -234,12 +234,6 @@ class DecodePlan:
 
 def _empty_ints(device: torch.device, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int32, device=device)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 @cache

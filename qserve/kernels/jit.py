@@ -252,6 +252,13 @@ def device_arch(device_index: int) -> str:
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
 def _compile(kernel: Kernel, arch: str) -> Build:
     core = _core()
     standard, verbose = _FLAGS

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qserve.formats.kv import KVFormat
 from qserve.formats.layout import PAGE_TOKENS
-from qserve.kernels.jit import Kernel, device_arch
+from qserve.kernels.jit import Kernel, device_arch, multiprocessors
 from qserve.kernels.paged import AttentionInputs
+from qserve.kernels.transfer import to_device
 from qserve.kernels.wgmma import wgmma_half_source
 
 TILE_ROWS = 128
@@ -47,7 +48,7 @@ def attend(inputs: AttentionInputs, out: Tensor) -> int:
         sizes = (batch.page_table.shape[1], works, window, inputs.scale * math.log2(math.e))
         arguments = (inputs.q, inputs.pool, batch.page_table, plan.tiles, out, *sizes)
         kernel = prefill_kernel(kv_format, inputs.group, inputs.q.dtype)
-        kernel(out.device, (min(works, _multiprocessors(out.device)),), arguments)
+        kernel(out.device, (min(works, multiprocessors(out.device)),), arguments)
     return plan.rows
 
 
@@ -80,13 +81,10 @@ def _plan(inputs: AttentionInputs, window: int) -> _Plan:
 def _make_plan(
     lengths: Sequence[tuple[int, int]], queries: int, window: int, device: torch.device
 ) -> _Plan:
-    """For tiles of as many queries; nobody waits for the tiles' way to a GPU."""
+    """For tiles of as many queries."""
     tiles = sorted(_tiles(lengths, queries), key=lambda tile: -_pages(tile, window))
-    table = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
-    if device.type == "cuda":
-        table = table.pin_memory()
-    rows = sum(tile[3] for tile in tiles)
-    return _Plan(table.to(device, non_blocking=True), rows)
+    table = to_device(tiles, device, torch.int32).reshape(-1, 4)
+    return _Plan(table, sum(tile[3] for tile in tiles))
 
 
 def _tiles(lengths: Sequence[tuple[int, int]], size: int) -> Iterator[_Tile]:
@@ -131,9 +129,3 @@ def prefill_kernel(kv_format: KVFormat, group: int, dtype: torch.dtype) -> Kerne
             "SHARED_BYTES": shared_bytes,
         },
     )
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
