@@ -80,7 +80,8 @@ def middling_engine(**settings: Any) -> Engine:
 
 
 def smollm2_engine(**settings: Any) -> Engine:
-    return Engine.from_source(smollm2(), EngineConfig(**({"max_model_len": 1024} | settings)))
+    defaults = {"max_model_len": 1024, "num_pages": 4000}
+    return Engine.from_source(smollm2(), EngineConfig(**(defaults | settings)))
 
 
 @cache
