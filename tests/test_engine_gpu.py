@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qserve.benchmark.breakdown import bench_breakdown
 from qserve.benchmark.dummy import DummySource
 from qserve.config import EngineConfig
 from qserve.engine.device import DevicePolicy
@@ -158,3 +159,17 @@ def test_two_thousand_requests_at_once_in_few_pages() -> None:
     for index in range(50, 2000):
         assert completions[str(index)].token_ids == completions[str(index % 50)].token_ids
     assert len(completions) == 2000 and engine.stats.pages_used == 0
+
+
+def test_a_breakdown_is_of_whole_steps() -> None:
+    batch, context = 3, 70
+    engine = make_engine(max_num_sequences=batch, max_model_len=200)
+    found = bench_breakdown(engine, 128, batch, context)
+    launches = {part.name: part.launches for part in found.parts}
+    assert launches["append"] == decoder().config.num_layers and launches["lm_head"] >= 1
+    assert math.isclose(sum(part.microseconds for part in found.parts) + found.gaps, found.step)
+    assert 0 < found.gaps < found.step
+    assert context + 40 < found.context < context + 60
+    engine.check_integrity()
+    with pytest.raises(ValueError, match="too few for a breakdown"):
+        bench_breakdown(engine, 128, batch, context=160)
