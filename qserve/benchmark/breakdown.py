@@ -199,4 +199,5 @@ def _step_time(engine: Engine, steps: int) -> float:
         engine.step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / steps
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds * 1e3 / steps
