@@ -13,8 +13,6 @@ Exits with an error if a result is not the reference's, or if the checker finds 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from functools import cache
 from itertools import product
 
 import torch
@@ -26,18 +24,10 @@ from qserve.kernels.fused import quantize_per_token, rms_norm_quantize, silu_mul
 from qserve.kernels.gemm import reference_linear
 from qserve.kernels.gemm_cuda import CudaWeight
 from qserve.kernels.gemm_norm_cuda import linear_rms_norm_quantize
-from qserve.kernels.jit import Kernel
 from qserve.kernels.tiles import tiles_for
-from qserve.testing.launches import launching
+from qserve.testing.launches import every_lane_arriving
 
 SHAPE = (320, 1088)
-
-
-@cache
-def every_lane_arrives(kernel: Kernel) -> Kernel:
-    """The same kernel, but each lane of a warp says for itself what it has read."""
-    lanes = {"ARRIVING_LANES": 32} if "ARRIVING_LANES" in kernel.constants else {}
-    return replace(kernel, constants={**kernel.constants, **lanes}, _loaded={})
 
 
 def make_weight(bits: int, group_size: int) -> QuantizedWeight:
@@ -88,6 +78,6 @@ def run_producers() -> None:
 if __name__ == "__main__":
     path = sys.argv[1]
     runs = {"producers": run_producers, "norm": run_norms}
-    with launching(every_lane_arrives):
+    with every_lane_arriving():
         runs.get(path, lambda: run_gemms(path))()
     print(f"{path}: done")

@@ -152,6 +152,7 @@ def decode_kernel(shape: DecodeShape) -> Kernel:
             "IN_FLIGHT": shape.in_flight,
             "SHARED_BYTES": shape.used_bytes,
             "BFLOAT16": shape.dtype == torch.bfloat16,
+            "ARRIVING_LANES": 1,
         },
     )
 

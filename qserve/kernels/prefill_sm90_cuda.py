@@ -127,5 +127,6 @@ def prefill_kernel(kv_format: KVFormat, group: int, dtype: torch.dtype) -> Kerne
             "BFLOAT16": dtype == torch.bfloat16,
             "STAGES": stages,
             "SHARED_BYTES": shared_bytes,
+            "ARRIVING_LANES": 1,
         },
     )

@@ -31,6 +31,17 @@ def without_overlap() -> Iterator[None]:
 
 
 @contextmanager
+def every_lane_arriving() -> Iterator[None]:
+    """In kernels launched inside the block, each lane of a warp says for itself what it has read.
+
+    For a checker that does not see that `__syncwarp` orders the lanes of a warp before one of them
+    arrives at a barrier for all.
+    """
+    with launching(_every_lane_arriving):
+        yield
+
+
+@contextmanager
 def launching(instead: Callable[[Kernel], Kernel]) -> Iterator[None]:
     """Launches inside the block are of the kernel that `instead` gives for the one meant."""
     launch = Kernel.__call__
@@ -39,6 +50,12 @@ def launching(instead: Callable[[Kernel], Kernel]) -> Iterator[None]:
         yield
     finally:
         Kernel.__call__ = launch  # type: ignore[method-assign]
+
+
+@cache
+def _every_lane_arriving(kernel: Kernel) -> Kernel:
+    lanes = {"ARRIVING_LANES": 32} if "ARRIVING_LANES" in kernel.constants else {}
+    return replace(kernel, constants={**kernel.constants, **lanes}, _loaded={})
 
 
 @cache

@@ -46,8 +46,8 @@ DEVICE uint32 address(const T& object) {
 DEVICE void init_barriers() {
   for (int i = threadIdx.x; i < STAGES; i += THREADS) {
     barrier_init(address(shared().full[i]), FETCHERS);
-    barrier_init(address(shared().deposited[i]), 1);
-    barrier_init(address(shared().empty[i]), 1);
+    barrier_init(address(shared().deposited[i]), ARRIVING_LANES);
+    barrier_init(address(shared().empty[i]), ARRIVING_LANES);
   }
   publish_barriers();
 }
@@ -131,7 +131,7 @@ DEVICE void leave(Attention& attention, Deposit& deposit) {
 
 DEVICE void attend(const Arguments& arguments, int reader) {
   RingPosition position = {reader, 0};
-  const bool leader = threadIdx.x % 32 == 0;
+  const bool arrives = threadIdx.x % 32 < ARRIVING_LANES;
   for_each_work(arguments.work, [&](const Work& work, int turn) {
     const WorkItem& item = work.item;
     const int first = (reader + WARPS - turn) % WARPS;
@@ -152,7 +152,8 @@ DEVICE void attend(const Arguments& arguments, int reader) {
       __syncwarp();
       if (last) leave(attention, deposit_at(stage));
       __syncwarp();
-      if (leader) barrier_arrive(address(last ? shared().deposited[stage] : shared().empty[stage]));
+      if (arrives)
+        barrier_arrive(address(last ? shared().deposited[stage] : shared().empty[stage]));
       position.advance(WARPS);
     }
   });
@@ -201,6 +202,18 @@ DEVICE void store_merged(const Arguments& arguments, const WorkItem& item, int h
                                        pack_pair<BFLOAT16>(value.z * norm, value.w * norm)};
 }
 
+// The stage of every lane that has one, once all lanes have read them.
+DEVICE void give_back(int stage, int has_stage) {
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < ARRIVING_LANES; i++) {
+    const int lane = (threadIdx.x + i) % 32;
+    const int other = i ? __shfl_sync(FULL_WARP, stage, lane) : stage;
+    if (i ? __shfl_sync(FULL_WARP, has_stage, lane) : has_stage)
+      barrier_arrive(address(shared().empty[other]));
+  }
+}
+
 // A lane waits for the deposit of the reader of its number, and gives its stage back.
 DEVICE void merge(const Arguments& arguments) {
   const int lane = threadIdx.x % 32;
@@ -225,8 +238,7 @@ DEVICE void merge(const Arguments& arguments) {
       store_merged(arguments, work.item, work.query_head() + row, channel,
                    Merged(parts, min(pages, WARPS), row, channel));
     }
-    __syncwarp();
-    if (deposits) barrier_arrive(address(shared().empty[stage]));
+    give_back(stage, deposits);
   });
 }
 

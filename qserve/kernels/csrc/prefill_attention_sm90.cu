@@ -110,8 +110,8 @@ struct Shared {
   }
   __device__ __forceinline__ void init() const {
     for (int i = 0; i < 2 * STAGES; i++) {
-      barrier_init(barriers + i * 16, PRODUCER_WARPS);
-      barrier_init(barriers + i * 16 + 8, CONSUMER_WARPS);
+      barrier_init(barriers + i * 16, PRODUCER_WARPS * ARRIVING_LANES);
+      barrier_init(barriers + i * 16 + 8, CONSUMER_WARPS * ARRIVING_LANES);
     }
   }
 };
@@ -119,7 +119,7 @@ struct Shared {
 // One arrival for a warp, once all of its lanes have read or written.
 DEVICE void warp_arrive(uint32 barrier) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+  if (threadIdx.x % 32 < ARRIVING_LANES) barrier_arrive(barrier);
 }
 
 // ---- producers ---------------------------------------------------------------------------------
