@@ -52,6 +52,7 @@ def _with(outer: dict[str, Any], inner: dict[str, Any]) -> dict[str, Any]:
         (_with({}, {"kv_bits": 5}), "kv_bits 5"),
         (_with({}, {"k_hadamard": 1}), "k_hadamard 1"),
         (_with({}, {"colour": "blue"}), "'colour'"),
+        (_with({}, {"group_size": 64}), "'group_size'"),
     ],
 )
 def test_config_refuses_what_it_does_not_know(values: dict[str, Any], named: str) -> None:
@@ -89,6 +90,28 @@ def test_commit_replaces_the_old_checkpoint_whole(tmp_path: Path) -> None:
         writer.commit({})
     assert torch.equal(_read(directory)["x"], torch.tensor([2]))
     assert not (directory / "model-1.safetensors").exists()
+
+
+def test_a_checkpoint_behind_a_link_is_replaced_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for value in (1, 2):
+        writer = CheckpointWriter(tmp_path / "link", str(value))
+        writer.write("model-0", {"x": torch.tensor([value])})
+        writer.commit({})
+    assert torch.equal(_read(tmp_path / "real")["x"], torch.tensor([2]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_the_present_directory_may_become_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    writer = CheckpointWriter(Path("."), "a")
+    writer.write("model-0", {"x": torch.ones(1)})
+    writer.commit({})
+    assert torch.equal(_read(tmp_path / "model")["x"], torch.ones(1))
 
 
 def test_what_an_earlier_kill_left_beside_the_checkpoint_is_cleared(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qserve.engine.llm import LLM
 from qserve.engine.loading import load_model
 from qserve.engine.request import SamplingParams
 from qserve.evaluation.perplexity import measure_perplexity
+from qserve.formats.checkpoint import QuantizationConfig
 from qserve.models.source import open_source
 from qserve.testing.tiny import save_tiny_model, tiny_config
 
@@ -96,16 +97,19 @@ def test_quantize_replaces_nothing_but_checkpoints(
 ) -> None:
     (tmp_path / "homework.txt").write_text("essay")
     for output in (tmp_path, tmp_path / "homework.txt"):
-        assert "not a checkpoint" in error_of(capsys, "quantize", model, "-o", output)
+        assert "not a checkpoint of ours" in error_of(capsys, "quantize", model, "-o", output)
+    other = save_tiny_model(tmp_path / "other")
+    assert "not a checkpoint of ours" in error_of(capsys, "quantize", model, "-o", other)
     assert "holds the model itself" in error_of(capsys, "quantize", model, "-o", model)
     assert (tmp_path / "homework.txt").read_text() == "essay"
-    assert (model / "model.safetensors").is_file()
+    assert (model / "model.safetensors").is_file() and (other / "model.safetensors").is_file()
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, model: Path) -> None:
     output = tmp_path / "checkpoint"
     output.mkdir()
-    (output / "config.json").write_text("the old one")
+    old = json.dumps({"quantization_config": QuantizationConfig().to_json()})
+    (output / "config.json").write_text(old)
     program = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (60_000, 60_000))"
     program += "; from qserve.cli import main; main()"
     command = [sys.executable, "-c", program, "quantize", str(model), "-o", str(output)]
@@ -113,7 +117,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, model: Path) -> Non
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "File too large" in result.stderr.splitlines()[-1]
     assert [path.name for path in output.iterdir()] == ["config.json"]
-    assert (output / "config.json").read_text() == "the old one"
+    assert (output / "config.json").read_text() == old
 
 
 # Generate.

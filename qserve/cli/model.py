@@ -117,11 +117,19 @@ def quantize_model(
 
 
 def _check_replaceable(directory: Path, source: WeightSource) -> None:
-    """Refuse to replace what is no checkpoint, or the very model that is read."""
+    """Refuse to replace what is no checkpoint of ours, or the very model that is read."""
     if not directory.exists():
         return
     if any(path.resolve().parent == directory.resolve() for path in _files(source)):
         raise ConfigError(f"{directory} holds the model itself; name another directory")
-    is_checkpoint = (directory / "config.json").is_file()
-    if not directory.is_dir() or (any(directory.iterdir()) and not is_checkpoint):
-        raise ConfigError(f"{directory} exists and is not a checkpoint; name another directory")
+    if not directory.is_dir() or (any(directory.iterdir()) and not _is_ours(directory)):
+        raise ConfigError(f"{directory} exists and is not a checkpoint of ours; name another")
+
+
+def _is_ours(directory: Path) -> bool:
+    from qserve.formats.checkpoint import QUANT_METHOD
+    from qserve.models.source import DirectorySource
+
+    if not (directory / "config.json").is_file():
+        return False
+    return (DirectorySource(directory).quantization or {}).get("quant_method") == QUANT_METHOD

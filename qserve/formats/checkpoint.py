@@ -23,6 +23,8 @@ from qserve.formats.weight import FormatError
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qoq"
+_OUTER_FIELDS = {"weight_bits", "group_size"}
+"""What other engines read too: `wbits` and `group_size`, outside of our own key."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class QuantizationConfig:
             raise FormatError(
                 f"quantization_config: version {version!r} is unknown, only {FORMAT_VERSION} is known"
             )
-        unknown = own.keys() - {field.name for field in fields(cls)}
+        unknown = own.keys() - ({field.name for field in fields(cls)} - _OUTER_FIELDS)
         if unknown:
             raise FormatError(f"quantization_config: unknown key {min(unknown)!r}")
         return cls(
@@ -98,11 +100,11 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
-        self.directory = directory
-        self.partial = directory.with_name(f".{directory.name}.partial")
-        self._replaced = directory.with_name(f".{directory.name}.replaced")
-        if self._replaced.exists() and not directory.exists():
-            self._replaced.rename(directory)
+        self.directory = directory.resolve()  # a link stays, what it names is replaced
+        self.partial = self.directory.with_name(f".{self.directory.name}.partial")
+        self._replaced = self.directory.with_name(f".{self.directory.name}.replaced")
+        if self._replaced.exists() and not self.directory.exists():
+            self._replaced.rename(self.directory)
         note = self.partial / _FINGERPRINT
         if not note.is_file() or note.read_text() != fingerprint:
             shutil.rmtree(self.partial, ignore_errors=True)
