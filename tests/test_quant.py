@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -270,6 +270,28 @@ def test_calibration_text_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "set" / "train.jsonl").write_text('{"words": "not under this name"}')
     with pytest.raises(CalibrationError, match=r"set: a data set without a column 'text'"):
         calibration_text(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("rotation", ["never", "always"])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        (names.EMBEDDING, torch.zeros(300, 128)),
+        (names.LM_HEAD, torch.zeros(400, 128)),
+        (names.FINAL_NORM, torch.ones(64)),
+        ("model.layers.0.input_layernorm.weight", torch.ones(1)),
+        ("model.layers.0.self_attn.q_proj.weight", torch.zeros(512, 128)),
+        ("model.layers.0.mlp.down_proj.weight", torch.ones(128, 192, dtype=torch.int8)),
+    ],
+)
+def test_tensors_that_are_not_what_config_says_are_refused(
+    name: str, tensor: Tensor, rotation: Literal["never", "always"], tmp_path: Path
+) -> None:
+    source = tiny_source()
+    source.tensors[name] = tensor
+    with pytest.raises(ModelError, match=f"tensor {name} (has shape|is torch.int8)"):
+        quantize_small(source, tmp_path / "model", replace(RECIPES["rtn"], rotation=rotation))
+    assert not (tmp_path / "model").exists()
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:

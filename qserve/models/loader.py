@@ -92,6 +92,13 @@ def _weight_suffixes(present: set[str], linear: str) -> tuple[str, ...]:
     return ("weight",)
 
 
+def read_tensor(source: WeightSource, name: str) -> Tensor:
+    """One tensor of an unquantized model, by its full name; ModelError if it is not what it must be."""
+    tensor = source.tensor(name)
+    _check(name, tensor, names.tensor_shapes(source.config)[name])
+    return tensor
+
+
 def read_weight(
     source: WeightSource, linear: str, device: torch.device | str = "cpu"
 ) -> Tensor | QuantizedWeight:
@@ -129,7 +136,7 @@ class _Reader:
     def tensor(self, name: str) -> Tensor:
         """One float tensor, by its full name."""
         tensor = self.source.tensor(name)
-        self._check(name, tensor)
+        _check(name, tensor, self.shapes[name])
         return self._place(tensor)
 
     def norm(self, name: str) -> RMSNorm:
@@ -141,7 +148,7 @@ class _Reader:
         if not centers:
             return None
         for name in centers:
-            self._check(name, self.source.tensor(name))
+            _check(name, self.source.tensor(name), self.shapes[name])
         return torch.stack([self.source.tensor(name) for name in centers]).float().to(self.device)
 
     def layer(self, index: int) -> DecoderLayer:
@@ -168,7 +175,7 @@ class _Reader:
 
     def _weight(self, linear: str) -> Tensor | QuantizedWeight:
         weight = read_weight(self.source, linear, self.device)
-        self._check(f"{linear}.weight", weight)
+        _check(f"{linear}.weight", weight, self.shapes[f"{linear}.weight"])
         if self.activations == "float" and not isinstance(weight, Tensor):
             return weight.dequantize()
         return weight
@@ -181,15 +188,15 @@ class _Reader:
         config = self.source.config
         return HeadNorm(query, key, config.num_heads, config.num_kv_heads)
 
-    def _check(self, name: str, tensor: Tensor | QuantizedWeight) -> None:
-        shape, expected = tuple(tensor.shape), self.shapes[name]
-        if shape != expected:
-            raise ModelError(f"tensor {name} has shape {list(shape)}, not {list(expected)}")
-        if isinstance(tensor, Tensor) and not tensor.is_floating_point():
-            raise ModelError(f"tensor {name} is {tensor.dtype}, not floating-point")
-
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device).to(self.dtype)
+
+
+def _check(name: str, tensor: Tensor | QuantizedWeight, shape: names.Shape) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
+    if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+        raise ModelError(f"tensor {name} is {tensor.dtype}, not floating-point")
 
 
 def _concatenate(

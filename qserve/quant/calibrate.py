@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
 from qserve.models.config import ModelConfig, first_line
+from qserve.models.loader import read_tensor
 from qserve.models.source import WeightSource
 
 Layer = dict[str, Tensor]
@@ -86,10 +87,10 @@ def read_layer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Layer:
-    """All tensors of one layer."""
+    """All tensors of one layer; ModelError if one is not what it must be."""
     prefix = names.layer_prefix(index)
     return {
-        name: source.tensor(prefix + name).to(device, dtype)
+        name: read_tensor(source, prefix + name).to(device, dtype)
         for name in names.layer_shapes(source.config)
     }
 

@@ -21,7 +21,7 @@ from qserve.formats.checkpoint import CheckpointWriter
 from qserve.formats.layout import GROUP_SIZES, WEIGHT_ALIGNMENT
 from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError
-from qserve.models.loader import check_names
+from qserve.models.loader import check_names, read_tensor
 from qserve.models.source import WeightSource, fingerprint
 from qserve.quant.calibrate import Layer, calibration_text, calibration_windows, read_layer
 from qserve.quant.layer import LayerQuantizer, QuantizedLayer, Streams
@@ -51,7 +51,8 @@ def quantize(
     group_size: "auto" takes the recipe's or else the largest that divides every linear.
     calibration: a text file or a hub dataset; None is text that comes with Python.
     seed: which windows of it. console: where progress goes, stderr by default.
-    Raises ModelError, RecipeError or CalibrationError before anything is written.
+    Raises ModelError, RecipeError or CalibrationError before anything is written, but for a tensor
+    that is not what it must be, which shows when it is read.
     """
     job = plan(source, recipe, group_size, calibration, seed, device)
     with torch.no_grad(), _progress(console or Console(stderr=True)) as progress:
@@ -214,7 +215,7 @@ class Job:
 
     def _embed(self, source: WeightSource) -> list[Tensor]:
         """The calibration windows, embedded: batches [T, H] of whole windows, where they are kept."""
-        embedding = source.tensor(names.EMBEDDING)
+        embedding = read_tensor(source, names.EMBEDDING)
         sequences, length = self.windows.shape
         windows = self.windows.split(max(1, min(_BATCH_TOKENS // length, sequences // 4)))
         return [
@@ -233,7 +234,7 @@ class Job:
         if not writer.has(_shard(0)):
             outer = [name for name in names.tensor_shapes(source.config) if ".layers." not in name]
             dtype = _float_dtype(source.config)
-            writer.write(_shard(0), {name: source.tensor(name).to(dtype) for name in outer})
+            writer.write(_shard(0), {name: read_tensor(source, name).to(dtype) for name in outer})
 
 
 def _shard(number: int) -> str:

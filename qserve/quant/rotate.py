@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
 from qserve.models.config import ModelConfig
+from qserve.models.loader import read_tensor
 from qserve.models.source import WeightSource
 from qserve.quant.calibrate import Layer
 from qserve.quant.hadamard import hadamard
@@ -68,7 +69,7 @@ class RotatedSource(WeightSource):
         return self._read(names.EMBEDDING if tied else names.LM_HEAD)
 
     def _read(self, name: str) -> Tensor:
-        return self._source.tensor(name).to(self.rotation.device, torch.float64)
+        return read_tensor(self._source, name).to(self.rotation.device, torch.float64)
 
 
 def rotate_values(layer: Layer, config: ModelConfig) -> Layer:
