@@ -200,6 +200,13 @@ def test_rotation_of_the_stream_is_found() -> None:
     assert found is not None and torch.allclose(found, foreign, atol=1e-4)
 
 
+def test_windows_longer_than_the_model_are_refused(source: MemorySource) -> None:
+    models = [EvaluatedModel.open(source, EngineConfig())] * 2
+    assert diff_models(*models, [list(range(256)) * 2]).tokens == 512
+    with pytest.raises(ValueError, match="513 tokens exceeds the model's 512 positions"):
+        diff_models(*models, [[1, 2], [0] * 513])
+
+
 def test_models_that_have_nothing_to_do_with_each_other(source: MemorySource) -> None:
     stranger = MemorySource(source.hf_config, tiny_tensors(source.hf_config, seed=1))
     with pytest.raises(BasisError, match="embeddings agree in no basis"):

@@ -193,6 +193,23 @@ def test_a_rotation_is_tried_on_what_reaches_the_layers(monkeypatch: pytest.Monk
         torch.testing.assert_close(turned, plain @ rotated.rotation.float())
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weight_bits", 3),
+        ("kv_bits", 2),
+        ("rotation", "Never"),
+        ("grid", "serach"),
+        ("rounding", "gtpq"),
+        ("group_size", 64),
+        ("sequences", 1),
+    ],
+)
+def test_a_recipe_with_a_slip_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=f"recipe 'mine': {field} .*{value}"):
+        Recipe("mine", **{field: value})
+
+
 def test_a_wide_linear_that_is_not_there_is_refused(tmp_path: Path) -> None:
     recipe = replace(RECIPES["rtn"], wide_linears=("mlp.down_proj", "mlp.dwn_proj"))
     with pytest.raises(RecipeError, match="named 'mlp\\.dwn_proj'"):

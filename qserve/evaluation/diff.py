@@ -84,9 +84,11 @@ def diff_models(
 ) -> ModelDiff:
     """Compare on token windows, each on its own. progress: show bars on stderr.
 
-    Raises BasisError if the one is not made from the other.
+    Raises ValueError if a window exceeds a model's positions, BasisError if the one is not made from
+    the other.
     """
     _check_same_shape(original.source.config, quantized.source.config)
+    _check_lengths(windows, original, quantized)
     embeddings = (original.model.decoder.embedding, quantized.model.decoder.embedding)
     rotation = stream_rotation(*(embedding.to(embeddings[1].device) for embedding in embeddings))
     num_layers = original.source.config.num_layers
@@ -236,6 +238,15 @@ def _run_layer(side: SequenceScorer, index: int, x: Tensor, attend: PagedAttenti
 def _logits(side: SequenceScorer, x: Tensor) -> Tensor:
     hidden, _ = side.decoder.norm(x)
     return side.decoder.logits(hidden)
+
+
+def _check_lengths(windows: Sequence[TokenIds], *models: EvaluatedModel) -> None:
+    positions = min(each.source.config.max_positions for each in models)
+    for window in windows:
+        if len(window) > positions:
+            raise ValueError(
+                f"a window of {len(window)} tokens exceeds the model's {positions} positions"
+            )
 
 
 def _check_same_shape(original: ModelConfig, quantized: ModelConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from qserve.formats.checkpoint import QuantizationConfig
 from qserve.models.names import layer_prefix
@@ -64,6 +64,17 @@ class Recipe:
     group_size: Literal["auto", -1] = "auto"
     sequences: int = 32
     length: int = 512
+
+    def __post_init__(self) -> None:
+        """Recipes are written by hand: a slip must not pass for another choice."""
+        for field, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, field), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
+                raise RecipeError(f"recipe {self.name!r}: {field} {value!r} is none of {choices}")
+        if self.sequences < 2:
+            raise RecipeError(
+                f"recipe {self.name!r}: sequences must be 2 or more, not {self.sequences}"
+            )
 
     @property
     def fits_weights(self) -> bool:
