@@ -6,15 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_helpers import (
-    TOKENIZER,
-)
+from engine_helpers import TOKENIZER
 
 from qserve import LLM, SamplingParams
-from qserve.engine.request import RequestError
-from qserve.testing.tiny import (
-    save_tiny_model,
-)
+from qserve.engine.request import RequestError, RequestOutput
+from qserve.testing.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +45,22 @@ def test_llm_refuses_all_prompts_if_one_is_bad(llm: LLM) -> None:
     with pytest.raises(RequestError, match="empty"):
         llm.generate([[1, 2], []])
     assert not llm.engine.has_unfinished
+
+
+def test_an_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=5, seed=3)
+    step, steps = llm.engine.step, 0
+
+    def interrupted() -> list[RequestOutput]:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["one", "two"], params)
+    assert not llm.engine.has_unfinished
+    assert len(llm.generate("three", params)[0].completions[0].token_ids) == 5

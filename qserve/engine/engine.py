@@ -165,12 +165,12 @@ class Engine:
         On a device that works while the host does, that is what the step before gained, and nothing
         after the first.
 
-        If a step fails, what it was to write is unknown: all requests are aborted, the prefix cache
-        is forgotten, and the error is raised. The engine can go on with new requests.
+        If a step fails, or is interrupted, what it was to write is unknown: all requests are aborted,
+        the prefix cache is forgotten, and the error is raised. The engine can go on with new requests.
         """
         try:
             return self._advance() if self.has_unfinished else []
-        except Exception:
+        except BaseException:
             for request_id in tuple(self._requests):
                 self.abort(request_id)
             self._under_way.clear()

@@ -115,11 +115,16 @@ class LLM:
         for prompt in prompts:
             self.engine.check_request(prompt, params)
         generations: dict[str, Generation] = {}
-        for prompt, request_id in zip(prompts, self._request_ids, strict=False):
-            generations[request_id] = Generation(prompt, [Completion() for _ in range(params.n)])
-            self.engine.add_request(request_id, prompt, params)
-        for output in self._outputs(len(prompts), progress):
-            generations[output.request_id].extend(output)
+        try:
+            for prompt, request_id in zip(prompts, self._request_ids, strict=False):
+                completions = [Completion() for _ in range(params.n)]
+                generations[request_id] = Generation(prompt, completions)
+                self.engine.add_request(request_id, prompt, params)
+            for output in self._outputs(len(prompts), progress):
+                generations[output.request_id].extend(output)
+        finally:  # an interrupt would leave some of them to the next call
+            for request_id in generations:
+                self.engine.abort(request_id)
         return list(generations.values())
 
     def _outputs(self, num_requests: int, progress: bool) -> Iterator[RequestOutput]:

@@ -128,12 +128,10 @@ class Scheduler:
                 self._retire(sequence)
         return gained
 
-    def finish(
-        self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None
-    ) -> None:
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence from outside, at any time; one that has already ended stays as it is."""
         if sequence.status is not SequenceStatus.FINISHED:
-            sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+            sequence.finish_reason = reason
             self._retire(sequence)
 
     def check_integrity(self) -> None:
