@@ -135,6 +135,17 @@ def test_protective_range_holds_for_every_range_and_code() -> None:
     assert (reached >= high.flatten() - 7.5 - scale[:, 0] / 2).all()
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_small_weights_lose_no_more_than_large_ones(factor: float, group_size: int) -> None:
+    """A first layer's norm, folded in, makes rows whose scales are below float16's normal range."""
+    weight, losses = torch.randn(64, 128), []
+    for scaled in (weight, weight * factor):
+        grid = fit_grid(scaled, group_size)
+        losses.append((grid.dequantize(grid.quantize(scaled)) - scaled).norm() / scaled.norm())
+    assert losses[1] < 1.02 * losses[0]
+
+
 @pytest.mark.parametrize("factor", [1e-12, 1e9])
 @pytest.mark.parametrize("group_size", [-1, 64])
 def test_weights_beyond_what_scales_reach_are_packed_as_they_are_rounded(

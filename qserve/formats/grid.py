@@ -129,4 +129,5 @@ def _range_with_zero(values: Tensor, clip_ratio: Tensor | float) -> tuple[Tensor
 def _positive(scale: Tensor) -> Tensor:
     """float16 scales, raised where they would vanish, lowered where a code times them would overflow."""
     half = torch.finfo(torch.float16)
-    return scale.clamp(half.tiny, half.max / (CODE_MAX + 1)).half()
+    smallest = half.smallest_normal * half.eps  # small rows need scales below the normal range
+    return scale.clamp(smallest, half.max / (CODE_MAX + 1)).half()
