@@ -168,6 +168,29 @@ def test_ends_only_where_the_text_is_complete(compiler: GrammarCompiler) -> None
     assert guide.accept(a) and allowed(guide.mask()) == {EOS, b}
 
 
+def chain_of_rules(length: int) -> Grammar:
+    rules = [f"r{index}: r{index + 1}" for index in range(length)]
+    return lark("\n".join(["start: r0", *rules, f'r{length}: "x"']))
+
+
+def chain_of_schemas(length: int) -> Grammar:
+    definitions: dict[str, Any] = {
+        f"{index}": {"$ref": f"#/$defs/{index + 1}"} for index in range(length)
+    }
+    definitions[f"{length}"] = {"const": "x"}
+    return Grammar.of_json({"$defs": definitions, "$ref": "#/$defs/0"})
+
+
+@pytest.mark.parametrize("grammar", [chain_of_rules(16000), chain_of_schemas(7000)], ids=["", "$"])
+def test_a_chain_of_references_overflows_no_stack(
+    compiler: GrammarCompiler, grammar: Grammar
+) -> None:
+    """It would end the process; on a thread's usual stack it takes some 3,000 to do so."""
+    assert len(grammar.text) > 0.8 * MAX_GRAMMAR_LENGTH
+    guide = compiler.guide(grammar, [EOS])
+    assert EOS not in allowed(guide.mask()) and guide.accept(min(allowed(guide.mask())))
+
+
 def allowed(mask: numpy.ndarray[Any, Any]) -> set[int]:
     return set(numpy.flatnonzero(numpy.unpackbits(mask, bitorder="little")).tolist())
 

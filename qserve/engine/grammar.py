@@ -6,8 +6,10 @@ share, with limits on what a grammar may cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cached_property, lru_cache
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy
@@ -25,6 +27,12 @@ MAX_GRAMMAR_LENGTH = 2**18
 MAX_CACHED_GRAMMARS = 128
 
 MAX_MESSAGE_LENGTH = 300
+
+_STACK_BYTES = 512 * 2**20
+"""For a compiler that follows references by recursion: a grammar has room for a chain of 30,000 rules.
+Memory is taken only as far as the stack is used."""
+
+_stack_size = threading.Lock()
 
 JSON_WHITESPACE = r"(\n[ \t]{0,12}| )?"
 """Between the parts of JSON: enough to indent, too little for a model to lose itself in."""
@@ -93,13 +101,16 @@ class GrammarCompiler:
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         """A matcher to copy, with what its first mask needs already worked out."""
-        from llguidance import LLMatcher, LLParserLimits
-
         if len(grammar.text) > MAX_GRAMMAR_LENGTH:
             raise RequestError(
                 f"{grammar.name} has {len(grammar.text)} characters, more than the "
                 f"{MAX_GRAMMAR_LENGTH} that a grammar may have"
             )
+        return _on_deep_stack(partial(self._compile_now, grammar))
+
+    def _compile_now(self, grammar: Grammar) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(self._vocabulary, _definition(grammar), log_level=0, limits=limits)
         if not matcher.is_error():
@@ -118,6 +129,18 @@ class GrammarCompiler:
         return from_tokenizer(
             self._tokenizer, n_vocab=self._num_tokens, eos_token=self._eos_token_ids
         )
+
+
+def _on_deep_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """Do work on a thread with a stack that no grammar overflows, which would end the process."""
+    with ThreadPoolExecutor(1) as executor:
+        with _stack_size:
+            before = threading.stack_size(_STACK_BYTES)
+            try:
+                result = executor.submit(work)  # starts the thread
+            finally:
+                threading.stack_size(before)
+        return result.result()
 
 
 def _reason(matcher: LLMatcher) -> str:

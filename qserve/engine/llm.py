@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -97,7 +97,7 @@ class LLM:
 
     def chat(
         self,
-        messages: list[Message] | list[list[Message]],
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         progress: bool = False,
     ) -> list[Generation]:
