@@ -46,8 +46,10 @@ def test_gguf_gives_back_what_was_converted(
     load_decoder(source, torch.float32)
 
 
-def test_gguf_reads_linear_scaling(tmp_path: Path) -> None:
-    settings = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
+@pytest.mark.parametrize("settings", [{"rope__scaling__type": "linear"}, {}], ids=str)
+def test_gguf_reads_linear_scaling(tmp_path: Path, settings: dict[str, str]) -> None:
+    """Which is what a factor without a type means."""
+    settings = settings | {"rope__scaling__factor": 4.0}
     path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama", **settings)
     rope = open_source(str(path)).config.rope
     assert (rope.kind, rope.factor) == ("linear", 4.0)

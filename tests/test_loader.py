@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qserve.formats.checkpoint import QuantizationConfig
 from qserve.formats.grid import fit_grid
 from qserve.formats.layout import unpack_group_scales
 from qserve.formats.weight import FormatError, W8Weight
@@ -95,6 +96,35 @@ def test_level_2_scales_are_read_in_either_order() -> None:
     )
     assert isinstance(ours, FloatLinear) and isinstance(theirs, FloatLinear)
     assert torch.equal(ours.weight, theirs.weight)
+
+
+CENTER = "model.layers.1.self_attn.k_center"
+
+
+@pytest.mark.parametrize(
+    ("has_centers", "change", "named"),
+    [
+        (True, without(CENTER), f"{CENTER} is missing"),
+        (True, holding(CENTER, torch.zeros(64)), f"{CENTER} has shape"),
+        (True, holding(CENTER, torch.zeros(2, 64, dtype=torch.int8)), f"{CENTER} is torch.int8"),
+        (False, holding(CENTER, torch.zeros(2, 64)), f"{CENTER} is not part"),
+    ],
+)
+def test_key_centers_are_there_if_the_checkpoint_says_so(
+    has_centers: bool, change: Callable[[dict[str, Tensor]], None], named: str
+) -> None:
+    quantization = QuantizationConfig(k_center=has_centers).to_json()
+    source = tiny_source(tiny_config(quantization_config=quantization))
+    if has_centers:
+        for index in range(2):
+            center = torch.full((2, 64), float(index), dtype=torch.float16)
+            source.tensors[f"model.layers.{index}.self_attn.k_center"] = center
+        centers = load_decoder(source, torch.float32).key_centers
+        assert centers is not None and centers.dtype == torch.float32
+        assert torch.equal(centers, torch.arange(2.0)[:, None, None].expand(2, 2, 64))
+    change(source.tensors)
+    with pytest.raises(ModelError, match=named):
+        load_decoder(source, torch.float32)
 
 
 @pytest.mark.parametrize(

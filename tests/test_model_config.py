@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from qserve.models.config import ModelConfig, ModelError
 from qserve.testing.tiny import LLAMA3_ROPE, tiny_config
@@ -66,3 +67,16 @@ def test_config_refuses_windows_on_some_layers() -> None:
         ModelConfig.from_hf(tiny_config("Qwen2ForCausalLM", **windows))
     unused = tiny_config("Qwen2ForCausalLM", **{**windows, "use_sliding_window": False})
     assert ModelConfig.from_hf(unused).sliding_window is None
+
+
+@pytest.mark.parametrize("layers", [2, 29])
+def test_windows_begin_where_hugging_face_has_them_begin(layers: int) -> None:
+    """At layer 28, if a Qwen2 does not say."""
+    values = tiny_config("Qwen2ForCausalLM", use_sliding_window=True, num_hidden_layers=layers)
+    theirs = Qwen2Config(**values).layer_types
+    assert theirs.count("sliding_attention") == max(0, layers - 28)
+    if layers > 28:
+        with pytest.raises(ModelError, match="some layers"):
+            ModelConfig.from_hf(values)
+    else:
+        assert ModelConfig.from_hf(values).sliding_window is None

@@ -287,6 +287,10 @@ def test_calibration_text_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "set" / "train.jsonl").write_text('{"words": "not under this name"}')
     with pytest.raises(CalibrationError, match=r"set: a data set without a column 'text'"):
         calibration_text(str(tmp_path / "set"))
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("")
+    with pytest.raises(CalibrationError, match=r"script: .*scripts are no longer supported"):
+        calibration_text(str(tmp_path / "script"))
 
 
 @pytest.mark.parametrize("rotation", ["never", "always"])

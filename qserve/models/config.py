@@ -16,8 +16,9 @@ class ModelError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, for a message of one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says first, for a message of one sentence that names the file itself."""
+    said = (isinstance(error, OSError) and error.strerror) or str(error).strip()
+    return (said or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _sliding_window(hf_config: Mapping[str, Any], windowed: bool, num_layers: in
     if not hf_config.get("use_sliding_window", windowed):
         return None
     window = hf_config.get("sliding_window", 4096)
-    layers = _windowed_layers(hf_config, num_layers)
+    layers = _windowed_layers(hf_config, windowed, num_layers)
     if window is None or not any(layers):
         return None
     if not all(layers):
@@ -224,11 +225,11 @@ def _sliding_window(hf_config: Mapping[str, Any], windowed: bool, num_layers: in
     return int(window)
 
 
-def _windowed_layers(hf_config: Mapping[str, Any], num_layers: int) -> list[bool]:
+def _windowed_layers(hf_config: Mapping[str, Any], windowed: bool, num_layers: int) -> list[bool]:
     kinds = hf_config.get("layer_types")
     if kinds is not None:
         return [kind == "sliding_attention" for kind in kinds]
-    first = hf_config.get("max_window_layers", 0)
+    first = hf_config.get("max_window_layers", 0 if windowed else 28)  # Qwen's default
     return [layer >= first for layer in range(num_layers)]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
-from qserve.models.config import ModelError, RopeConfig
+from qserve.models.config import ModelError, RopeConfig, first_line
 from qserve.models.rope import llama3_multipliers, unscaled_frequencies
 from qserve.models.tokenizer import load_gguf_tokenizer
 from qserve.models.weight_source import WeightSource
@@ -59,8 +59,10 @@ class GGUFSource(WeightSource):
         self.path = path
         try:
             reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise ModelError(f"{path}: not a whole GGUF file: {error}") from error
+        except OSError as error:
+            raise ModelError(f"{path}: {first_line(error)}") from error
+        except (ValueError, IndexError, KeyError) as error:
+            raise ModelError(f"{path}: not a whole GGUF file: {first_line(error)}") from error
         self._metadata = reader.fields
         self._stored = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture: str = self._required("general.architecture")
@@ -128,12 +130,12 @@ class GGUFSource(WeightSource):
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
         theta = self._setting("rope.freq_base", 10000.0)
-        kind = self._setting("rope.scaling.type", "none")
+        factor = self._optional(f"{self.architecture}.rope.scaling.factor")
+        kind = self._setting("rope.scaling.type", "linear" if factor else "none")
         if _ROPE_FACTORS in self._stored:
             return {"rope_theta": theta, "rope_scaling": self._llama3_scaling(theta, head_dim)}
         if kind == "none":
             return {"rope_theta": theta}
-        factor = self._setting("rope.scaling.factor")
         return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, "factor": factor}}
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _dataset_text(name: str) -> str:
             total += len(texts[-1])
             if total > _DATASET_CHARACTERS:
                 break
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CalibrationError(f"{name}: no such file or data set: {first_line(error)}") from error
     except KeyError as error:
         raise CalibrationError(f"{name}: a data set without a column 'text'") from error
