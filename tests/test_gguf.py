@@ -47,7 +47,7 @@ def test_gguf_gives_back_what_was_converted(
 
 
 @pytest.mark.parametrize("settings", [{"rope__scaling__type": "linear"}, {}], ids=str)
-def test_gguf_reads_linear_scaling(tmp_path: Path, settings: dict[str, str]) -> None:
+def test_gguf_reads_linear_scaling(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Which is what a factor without a type means."""
     settings = settings | {"rope__scaling__factor": 4.0}
     path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama", **settings)
