@@ -77,6 +77,7 @@ def test_nothing_is_seen_before_commit_and_all_after(tmp_path: Path) -> None:
     assert not directory.exists()
     writer.commit({"kind": "test"})
     assert json.loads((directory / "config.json").read_text()) == {"kind": "test"}
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1  # all for the same users
     tensors = _read(directory)
     assert tensors.keys() == {"x", "y"} and torch.equal(tensors["x"], torch.arange(3))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 
 import qserve
 from qserve.cli import main
@@ -236,11 +237,12 @@ def no_gguf(directory: Path) -> Path:
 
 BROKEN: list[tuple[Callable[[Path], Path], str]] = [
     (lambda path: path, "no such directory or file"),
-    (empty, "config.json"),
+    (empty, "broken/config.json: No such file or directory"),
     (unsupported, "GPT2LMHeadModel"),
     (truncated, "model.safetensors"),
     (without_tokenizer, "tokenizer"),
-    (no_gguf, ".gguf"),
+    (no_gguf, "not a whole GGUF file"),
+    (lambda path: path.with_suffix(".gguf"), "broken.gguf: No such file or directory"),
 ]
 
 
@@ -278,6 +280,17 @@ def test_bad_values(capsys: Captured, model: Path) -> None:
     assert "temperature" in error_of(capsys, *generate, "x", "--temperature", -1)
     assert "prompt is empty" in error_of(capsys, *generate, "")
     assert "513 tokens" in error_of(capsys, *generate, "x" * 513)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_says_so(capsys: Captured, model: Path, text: Path) -> None:
+    for arguments in (
+        ("bench", "kernels"),
+        ("bench", "attention"),
+        ("bench", "sampling"),
+        ("evaluate", "perplexity", model, "--text", text, "--device", "cuda"),
+    ):
+        assert "error: device 'cuda': PyTorch finds no GPU" in error_of(capsys, *arguments)
 
 
 def test_bad_options(capsys: Captured, model: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qserve.config import EngineConfig
 from qserve.engine.engine import Engine
 from qserve.formats.checkpoint import QuantizationConfig
-from qserve.models.config import ModelConfig, ModelError
+from qserve.models.config import ModelConfig, ModelError, first_line
 from qserve.models.names import KEY_CENTER, layer_prefix, linear_shapes, tensor_shapes
 
 _HOST_BLOCK = 1 << 20
@@ -56,7 +56,7 @@ class DummySource:
         try:
             return cls(json.loads(path.read_text()), group_size, device)
         except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read {path}: {error}") from error
+            raise ModelError(f"{path}: {first_line(error)}") from error
 
     @cached_property
     def config(self) -> ModelConfig:

@@ -20,6 +20,13 @@ kernels = typer.Typer(help="The CUDA kernels.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per run.")]
 
 
+def _require_gpu() -> None:
+    """Raise ConfigError where there is no GPU to measure."""
+    from qserve.engine.loading import resolve_device
+
+    resolve_device("cuda")
+
+
 @bench.command()
 def throughput(
     model: Annotated[
@@ -145,6 +152,7 @@ def kernels_(
     unknown = set(family or ()) - set(FAMILIES)
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: not one of {', '.join(FAMILIES)}")
+    _require_gpu()
     if sustained:
         bench_sustained()
     else:
@@ -156,6 +164,7 @@ def attention(as_json: Json = False) -> None:
     """Attention over quantized pages, and the append kernel, against the copy bandwidth."""
     from qserve.benchmark.attention import bench_paged
 
+    _require_gpu()
     bench_paged(as_json)
 
 
@@ -164,6 +173,7 @@ def sampling(as_json: Json = False) -> None:
     """Drawing tokens under several settings, against torch's way and one read of the logits."""
     from qserve.benchmark.sampling import bench_sampling
 
+    _require_gpu()
     bench_sampling(as_json)
 
 

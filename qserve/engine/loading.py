@@ -68,6 +68,8 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is unknown") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: PyTorch finds no GPU")
     if resolved.index:  # streams and graphs are those of a thread's current device, the first
         raise ConfigError(f"device {device!r}: name a GPU by CUDA_VISIBLE_DEVICES, not by number")
     return resolved

@@ -175,5 +175,8 @@ def _write_text(path: Path, text: str) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
     save_file(contiguous, unfinished, metadata=metadata)
+    unfinished.chmod(mode)  # safetensors lets nobody but the writer read it
     unfinished.replace(path)
