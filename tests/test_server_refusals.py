@@ -97,6 +97,13 @@ def test_body_that_is_no_object(http: httpx.Client, content: bytes) -> None:
     refusal(http.post("/v1/completions", content=content, headers=headers), 400)
 
 
+def test_body_without_its_type(http: httpx.Client) -> None:
+    """As `curl -d` sends it; a web page of another site could send it, too, without being asked."""
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+    assert "Content-Type: application/json" in refusal(response, 400)["message"]
+
+
 def nested(depth: int) -> bytes:
     return b"[" * depth + b"1" + b"]" * depth
 

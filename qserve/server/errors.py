@@ -145,6 +145,8 @@ def _from_validation(problems: Sequence[Mapping[str, Any]]) -> APIError:
     path = problems[0]["loc"][1:]
     if problems[0]["type"] == "value_error" and not path:
         return invalid(_worded(problems[0]))
+    if isinstance(problems[0].get("input"), bytes):
+        return invalid("the body is not read without the header Content-Type: application/json")
     if problems[0]["type"] == "json_invalid" or not path:
         return invalid(f"the body is not a JSON object: {_worded(problems[0])}")
     field = str(path[0])
