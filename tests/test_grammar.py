@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qserve.benchmark.dummy import NoText
 from qserve.config import EngineConfig
 from qserve.engine.device import DevicePolicy
 from qserve.engine.engine import Engine
@@ -166,6 +167,11 @@ def test_ends_only_where_the_text_is_complete(compiler: GrammarCompiler) -> None
     assert allowed(guide.mask()) == {a}
     assert guide.accept(a) and allowed(guide.mask()) == {a}
     assert guide.accept(a) and allowed(guide.mask()) == {EOS, b}
+
+
+def test_a_tokenizer_that_cannot_be_guided_is_named() -> None:
+    with pytest.raises(RequestError, match="tokenizer"):
+        GrammarCompiler(NoText(), 320, [EOS]).check(regex("a"))  # type: ignore[arg-type]
 
 
 def chain_of_rules(length: int) -> Grammar:

@@ -163,6 +163,20 @@ def test_others_are_served_while_a_grammar_is_compiled(served: tuple[httpx.Clien
     assert re.fullmatch("[0-9]{4}", meanwhile[0])
 
 
+def test_a_bug_in_compiling_a_grammar_is_answered(served: tuple[httpx.Client, Engine]) -> None:
+    http, engine = served
+
+    def broken(_: SamplingParams) -> None:
+        raise LookupError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "prepare", broken)
+        body = {"prompt": "x", **DIGITS}
+        answer = refusal(http.post("/v1/completions", json=body), 500)
+    assert "internal error" in answer["message"]
+    texts(http, "/v1/completions", **DIGITS)
+
+
 def test_many_at_once_in_mixed_company(http: httpx.Client) -> None:
     """Guided and free, whole: each as if it were alone."""
     bodies = [

@@ -126,9 +126,14 @@ class GrammarCompiler:
 
         if not self._eos_token_ids:
             raise RequestError("grammar needs a model with an end-of-text token")
-        return from_tokenizer(
-            self._tokenizer, n_vocab=self._num_tokens, eos_token=self._eos_token_ids
-        )
+        try:
+            return from_tokenizer(
+                self._tokenizer, n_vocab=self._num_tokens, eos_token=self._eos_token_ids
+            )
+        except ValueError as error:
+            raise RequestError(
+                f"grammar does not go with the model's tokenizer: {error}"
+            ) from error
 
 
 def _on_deep_stack(work: Callable[[], LLMatcher]) -> LLMatcher:

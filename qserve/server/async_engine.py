@@ -10,7 +10,7 @@ from threading import Thread
 from uuid import uuid4
 
 from qserve.engine.engine import EngineStats
-from qserve.engine.request import RequestError, SamplingParams
+from qserve.engine.request import SamplingParams
 from qserve.server.engine_loop import (
     Abort,
     Add,
@@ -41,7 +41,7 @@ class LoopedEngine(SharedEngine):
         self._stats = stats
         self._step_totals = StepTotals()
         self._failure: Exception | None = None
-        self._preparing: dict[str, asyncio.Future[RequestError | None]] = {}
+        self._preparing: dict[str, asyncio.Future[Exception | None]] = {}
 
     @abstractmethod
     def _give(self, command: Command | None) -> None:

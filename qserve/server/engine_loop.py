@@ -62,7 +62,7 @@ class Abort:
 @dataclass(frozen=True)
 class Prepared:
     key: str
-    error: RequestError | None
+    error: Exception | None
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,14 @@ class EngineLoop:
             self._engine.abort(request_id)
 
     def _prepare(self, command: Prepare) -> None:
-        error = None
+        error: Exception | None = None
         try:
             self._engine.prepare(command.params)
         except RequestError as refusal:
             error = refusal
+        except BaseException as bug:  # a library's panic is no Exception; a client waits for a word
+            logger.exception("a request could not be prepared")
+            error = RuntimeError(str(bug))
         self._report(Prepared(command.key, error))
 
     def _report_progress(self, outputs: Sequence[RequestOutput]) -> None:
