@@ -50,9 +50,13 @@ def test_unsupported_field_is_named(http: httpx.Client, path: str) -> None:
         ("max_tokens", "5"),
         ("stop", 7),
         ("stop", [""]),
+        ("stop", ["x"] * 17),
         ("stop_token_ids", ["x"]),
+        ("stop_token_ids", [5] * 1025),
         ("seed", 2**70),
         ("logit_bias", {"x": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {str(token): 1 for token in range(1025)}),
         ("logit_bias", [1]),
         ("repetition_penalty", 0),
         ("presence_penalty", 1e9),
@@ -61,6 +65,7 @@ def test_unsupported_field_is_named(http: httpx.Client, path: str) -> None:
         ("ignore_eos", 1),
         ("model", 5),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_bad_value_is_named(http: httpx.Client, path: str, field: str, value: Any) -> None:
     error = refusal(http.post(path, json={**ENDPOINTS[path], field: value}), 400)

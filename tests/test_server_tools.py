@@ -280,6 +280,7 @@ def test_the_template_is_given_tools_and_calls_and_results() -> None:
             "tool_calls": [
                 call | {"function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}},
                 call | {"function": {"name": "get_time", "arguments": "{broken"}},
+                call | {"function": {"name": "get_time", "arguments": "[" * 1500}},
             ],
         },
         {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
@@ -294,7 +295,7 @@ def test_the_template_is_given_tools_and_calls_and_results() -> None:
         silent = http.post("/v1/chat/completions", json={**body, "tool_choice": "none"}).json()
     assert prompt == (
         "[get_weather][get_time]<system>Be brief.<user>Weather?"
-        "<assistant>c1=get_weatherRomec1=get_time{broken<tool>sunnyc1"
+        "<assistant>c1=get_weatherRomec1=get_time{brokenc1=get_time" + "[" * 1500 + "<tool>sunnyc1"
     )
     assert usage["prompt_tokens"] == len(prompt)
     assert silent["usage"]["prompt_tokens"] == len(prompt) - len("[get_weather][get_time]")

@@ -5,6 +5,7 @@ A field that is absent or null takes its default. Ranges are the engine's to che
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, JsonValue, StrictBool, StrictFloat, StrictInt, model_validator
@@ -16,6 +17,10 @@ from qserve.server.tools import Tool, ToolCall, ToolChoice, ToolUse, tool_use
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_NAMED_TOKENS = 1024
+"""Of `logit_bias` and of `stop_token_ids`: each, as each stop, costs a sequence time at every step."""
+
 DEFAULT_COMPLETION_TOKENS = 16
 """What the OpenAI API gives a completion that does not ask for a number; a chat has no limit."""
 
@@ -43,13 +48,13 @@ class GenerationRequest(RequestModel):
     top_k: StrictInt | None = None
     min_p: StrictFloat | None = None
     n: Annotated[StrictInt, Field(le=MAX_CHOICES)] | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_NAMED_TOKENS)] | None = None
     seed: StrictInt | None = None
     presence_penalty: StrictFloat | None = None
     frequency_penalty: StrictFloat | None = None
     repetition_penalty: StrictFloat | None = None
-    logit_bias: dict[str, StrictFloat] | None = None
+    logit_bias: Annotated[dict[str, StrictFloat], Field(max_length=MAX_NAMED_TOKENS)] | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
     stream: StrictBool | None = None
@@ -98,10 +103,13 @@ _PASSED_ON = (
 )
 
 
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,17}")
+
+
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
     for token in biases:
-        if not token.isdecimal():
-            raise RequestError(f"logit_bias must have token ids as keys, got {token!r}")
+        if not _TOKEN_ID.fullmatch(token):
+            raise RequestError(f"logit_bias must have token ids as keys, got {token[:20]!r}")
     return {int(token): bias for token, bias in biases.items()}
 
 

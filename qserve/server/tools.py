@@ -69,7 +69,7 @@ class ToolCall(RequestModel):
         """As chat templates take it: with the arguments as a value, if they are valid JSON."""
         try:
             arguments = json.loads(self.function.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": self.type, "function": function}
