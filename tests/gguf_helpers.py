@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,17 @@ def write_gguf(
     source: MemorySource,
     architecture: str,
     kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     **settings: Any,
 ) -> Path:
-    """The source as llama.cpp would store it, without a tokenizer.
+    """The source as llama.cpp would store it, without a tokenizer but for what `add_tokenizer` adds.
 
     kinds: how tensors are quantized, by our names; float32 if not named. settings: metadata of the
     architecture, "__" for dots, or further tensors.
     """
     writer = gguf.GGUFWriter(path, architecture)
     _add_sizes(writer, source.config)
+    add_tokenizer(writer)
     for key, value in settings.items():
         name = key.replace("__", ".")
         if isinstance(value, numpy.ndarray):

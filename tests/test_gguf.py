@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from gguf_helpers import write_gguf
@@ -15,7 +16,7 @@ from qserve.models.loader import load_decoder
 from qserve.models.rope import llama3_multipliers, unscaled_frequencies
 from qserve.models.source import open_source
 from qserve.models.tokenizer import load_gguf_tokenizer, load_tokenizer
-from qserve.testing.tiny import assert_same_tensors, tiny_config, tiny_source
+from qserve.testing.tiny import assert_same_tensors, tiny_config, tiny_source, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,62 @@ def test_a_gguf_without_a_known_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"m\.gguf: no tokenizer"):
         open_source(str(path)).tokenizer()
     with pytest.raises(ModelError, match="unheard"):
-        load_gguf_tokenizer(path, "unheard")
+        load_gguf_tokenizer(path, "unheard", begins=False)
+
+
+@pytest.mark.parametrize(
+    ("split", "says", "begins", "whole"),
+    [
+        ("llama-bpe", None, True, True),
+        ("tekken", None, True, True),
+        ("llama-bpe", False, False, True),
+        ("smollm", None, False, False),
+        ("smollm", True, True, False),
+    ],
+)
+def test_gguf_tokenizers_begin_texts_and_keep_words_as_llama_cpp_does(
+    tmp_path: Path, split: str, says: bool | None, begins: bool, whole: bool
+) -> None:
+    """No merge leads to the word "yo"."""
+    words = _words("hi", "yo")
+
+    def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+        _add_tokenizer(writer, split, words, "h i")
+        if says is not None:
+            writer.add_add_bos_token(says)
+
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama", add_tokenizer=add_tokenizer)
+    source = open_source(str(path))
+    source.save_tokenizer(tmp_path)  # beside the file, which must not change what it gives
+    for tokenizer in (source.tokenizer(), load_tokenizer(tmp_path)):
+        assert tokenizer.bos_token_id == 0 and tokenizer.eos_token_id == 2
+        assert tokenizer.encode("hi") == [0] * begins + [words.index("hi")]
+        assert tokenizer.tokenize("yo") == (["yo"] if whole else ["y", "o"])
+
+
+def _words(*words: str) -> list[str]:
+    """A vocabulary of the tiny tokenizer's tokens and of these words."""
+    letters = tiny_tokenizer().convert_ids_to_tokens(range(len(tiny_tokenizer())))
+    known = [*letters, *words]
+    return [*known, *(f"<|{index}|>" for index in range(len(known), 320))]
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, split: str, words: list[str], merge: str) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word.startswith("<|") else 1 for word in words])
+    writer.add_token_merges([merge])
+    writer.add_bos_token_id(0)
+
+
+def test_a_gguf_whose_merges_lead_nowhere_is_refused(tmp_path: Path) -> None:
+    def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+        _add_tokenizer(writer, "llama-bpe", _words("hi"), "y o")
+
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama", add_tokenizer=add_tokenizer)
+    with pytest.raises(ModelError, match=r"m\.gguf: no tokenizer could be read: .*yo"):
+        open_source(str(path)).tokenizer()
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -4096])

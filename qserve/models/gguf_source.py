@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qserve.models import names
 from qserve.models.config import ModelError, RopeConfig, first_line
 from qserve.models.rope import llama3_multipliers, unscaled_frequencies
-from qserve.models.tokenizer import load_gguf_tokenizer
+from qserve.models.tokenizer import TIKTOKEN_SPLITS, load_gguf_tokenizer
 from qserve.models.weight_source import WeightSource
 
 _ARCHITECTURES = {
@@ -86,7 +86,10 @@ class GGUFSource(WeightSource):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         split = self._optional("tokenizer.ggml.pre", "default")
-        return load_gguf_tokenizer(self.path, split)
+        is_sentencepiece = self._optional("tokenizer.ggml.model") == "llama"
+        begins = is_sentencepiece or split in TIKTOKEN_SPLITS  # unless the file says otherwise
+        begins = self._optional("tokenizer.ggml.add_bos_token", begins)
+        return load_gguf_tokenizer(self.path, split, begins)
 
     def save_tokenizer(self, directory: Path) -> None:
         self.tokenizer().save_pretrained(directory)
