@@ -49,6 +49,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_sequences", "max_batched_tokens", "max_model_len", "num_pages"):
             _check_positive(name, getattr(self, name), optional=True)
+        if self.max_model_len == 1:
+            raise ConfigError("max_model_len 1 leaves no room for a token after a prompt")
         if (self.max_batched_tokens or math.inf) < (self.max_num_sequences or 0):
             raise ConfigError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_sequences "

@@ -89,6 +89,7 @@ def test_a_step_that_does_not_fit_is_one_error_at_the_start() -> None:
         {"gpu_memory_utilization": 1.5},
         {"dtype": "float64"},
         {"max_model_len": "long"},
+        {"max_model_len": 1},
     ],
     ids=str,
 )
