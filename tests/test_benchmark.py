@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from server_helpers import serving, stub_engine
 
 from qserve.benchmark.breakdown import (
     Breakdown,
@@ -44,7 +45,6 @@ from qserve.models.loader import load_decoder
 from qserve.models.names import linear_shapes
 from qserve.models.rope import rope_table
 from qserve.testing.tiny import tiny_config, tiny_tokenizer
-from tests.server_helpers import serving, stub_engine
 
 CONFIGS = Path(__file__).parent.parent / "benchmarks" / "configs"
 PARAMETERS = {"llama-3-8b": 8.03e9, "llama-2-7b": 6.74e9, "qwen1.5-72b": 72.3e9}
