@@ -13,6 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+_OF_ORDER_2 = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+_FOR_ZEROS = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+"""What replaces the zeros of a symmetric conference matrix; the other replaces its +-1."""
+
 
 class HadamardError(ValueError):
     """No construction known here gives a Hadamard matrix of this order."""
@@ -32,7 +36,7 @@ def _signs(order: int) -> Tensor | None:
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if order == 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        return _OF_ORDER_2
     if order < 1 or order % 4:
         return None
     paley = _paley(order)
@@ -56,14 +60,8 @@ def _paley(order: int) -> Tensor | None:
     half = order // 2
     if (half - 1) % 4 == 1 and _prime_power(half - 1):
         core, identity = _conference(half - 1, skew=False), torch.eye(half, dtype=torch.float64)
-        return torch.kron(core, _signs_of_pair(1.0)) + torch.kron(identity, _signs_of_pair(-1.0))
+        return torch.kron(core, _OF_ORDER_2) + torch.kron(identity, _FOR_ZEROS)
     return None
-
-
-def _signs_of_pair(lower_right: float) -> Tensor:
-    """What replaces the +-1 (lower_right 1) and the zeros (-1) of a symmetric conference matrix."""
-    first = [[1.0, 1.0], [1.0, -1.0]] if lower_right > 0 else [[1.0, -1.0], [-1.0, -1.0]]
-    return torch.tensor(first, dtype=torch.float64)
 
 
 def _conference(q: int, skew: bool) -> Tensor:
