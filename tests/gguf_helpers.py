@@ -84,7 +84,8 @@ def _add_sizes(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_block_count(config.num_layers)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
+    if config.head_dim != config.hidden_size // config.num_heads:
+        writer.add_key_length(config.head_dim)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy
 import pytest
 import torch
 from gguf_helpers import write_gguf
@@ -23,7 +24,7 @@ from qserve.testing.tiny import assert_same_tensors, tiny_config, tiny_source, t
     ("hf_config", "architecture"),
     [
         (tiny_config(), "llama"),
-        (tiny_config(tie_word_embeddings=True), "llama"),
+        (tiny_config(tie_word_embeddings=True, hidden_size=256), "llama"),
         (tiny_config(attention_bias=True), "llama"),
         (tiny_config("Qwen2ForCausalLM"), "qwen2"),
         (tiny_config("Qwen3ForCausalLM"), "qwen3"),
@@ -74,6 +75,13 @@ def test_gguf_recovers_llama3_scaling_or_refuses(tmp_path: Path) -> None:
     other = write_gguf(tmp_path / "o.gguf", original, "llama", rope_freqs__weight=factors**2)
     with pytest.raises(ModelError, match="rope_freqs"):
         open_source(str(other))
+
+
+def test_a_tensor_of_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    integers = numpy.ones(32, dtype=numpy.int8)
+    path = write_gguf(tmp_path / "m.gguf", tiny_source(), "llama", rope_freqs__weight=integers)
+    with pytest.raises(ModelError, match=r"m\.gguf: rope_freqs\.weight: .*I8"):
+        open_source(str(path))
 
 
 def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
