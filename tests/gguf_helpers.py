@@ -83,7 +83,8 @@ def _add_sizes(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
     writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
+    if config.num_kv_heads != config.num_heads:
+        writer.add_head_count_kv(config.num_kv_heads)
     if config.head_dim != config.hidden_size // config.num_heads:
         writer.add_key_length(config.head_dim)
     writer.add_feed_forward_length(config.intermediate_size)

@@ -24,7 +24,8 @@ from qserve.testing.tiny import assert_same_tensors, tiny_config, tiny_source, t
     ("hf_config", "architecture"),
     [
         (tiny_config(), "llama"),
-        (tiny_config(tie_word_embeddings=True, hidden_size=256), "llama"),
+        (tiny_config(tie_word_embeddings=True), "llama"),
+        (tiny_config(hidden_size=256, num_key_value_heads=4), "llama"),
         (tiny_config(attention_bias=True), "llama"),
         (tiny_config("Qwen2ForCausalLM"), "qwen2"),
         (tiny_config("Qwen3ForCausalLM"), "qwen3"),
@@ -75,6 +76,14 @@ def test_gguf_recovers_llama3_scaling_or_refuses(tmp_path: Path) -> None:
     other = write_gguf(tmp_path / "o.gguf", original, "llama", rope_freqs__weight=factors**2)
     with pytest.raises(ModelError, match="rope_freqs"):
         open_source(str(other))
+
+
+def test_a_gguf_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    source = tiny_source()
+    del source.tensors["model.embed_tokens.weight"]
+    path = write_gguf(tmp_path / "m.gguf", source, "llama")
+    with pytest.raises(ModelError, match=r"m\.gguf: tensor token_embd\.weight is missing"):
+        open_source(str(path))
 
 
 def test_a_tensor_of_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
