@@ -40,6 +40,15 @@ def serving(
         yield http
 
 
+@contextmanager
+def serving_model(engine: Engine) -> Iterator[httpx.Client]:
+    """As `serving`; no page may be lost when all clients have gone."""
+    with serving(engine) as http:
+        yield http
+        wait_until(lambda: not engine.has_unfinished)
+    engine.check_integrity()
+
+
 def stub_engine(tokenizer: PreTrainedTokenizerFast | None = None, **arguments: Any) -> StubEngine:
     return StubEngine(tokenizer or tiny_tokenizer(), **arguments)
 

@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from server_helpers import HELLO, MILLION, openai_client, refusal, serving, wait_until
+from server_helpers import HELLO, MILLION, refusal, serving_model, wait_until
 
+from qserve.engine.engine import Engine
 from qserve.engine.llm import LLM
 from qserve.engine.request import SamplingParams
 from qserve.testing.tiny import save_tiny_model, tiny_config
@@ -33,17 +34,14 @@ def offline(directory: Path) -> LLM:
 
 
 @pytest.fixture(scope="module")
-def online(directory: Path) -> Iterator[tuple[httpx.Client, LLM]]:
-    llm = LLM(directory, max_num_sequences=8)
-    with serving(llm.engine) as http:
-        yield http, llm
-        wait_until(lambda: not llm.engine.has_unfinished)
-    llm.engine.check_integrity()
+def engine(directory: Path) -> Engine:
+    return LLM(directory, max_num_sequences=8).engine
 
 
-@pytest.fixture
-def client(online: tuple[httpx.Client, LLM]) -> openai.OpenAI:
-    return openai_client(online[0])
+@pytest.fixture(scope="module")
+def http(engine: Engine) -> Iterator[httpx.Client]:
+    with serving_model(engine) as http:
+        yield http
 
 
 def test_completion(client: openai.OpenAI, offline: LLM) -> None:
@@ -131,23 +129,21 @@ def test_usage_counts_what_the_prefix_cache_gave(client: openai.OpenAI) -> None:
     assert cached == [0, len(prompt) // 64 * 64]
 
 
-def test_token_out_of_the_vocabulary(online: tuple[httpx.Client, LLM]) -> None:
-    error = refusal(online[0].post("/v1/completions", json={"prompt": [5, 10**6]}), 400)
+def test_token_out_of_the_vocabulary(http: httpx.Client) -> None:
+    error = refusal(http.post("/v1/completions", json={"prompt": [5, 10**6]}), 400)
     assert error["param"] == "prompt" and "1000000" in error["message"]
 
 
-def test_disconnect_in_mid_stream_frees_pages(online: tuple[httpx.Client, LLM]) -> None:
-    http, llm = online
+def test_disconnect_in_mid_stream_frees_pages(http: httpx.Client, engine: Engine) -> None:
     body = {"prompt": PROMPT, "max_tokens": MILLION, "stream": True, "ignore_eos": True, "n": 4}
     with http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
-        assert llm.engine.stats.pages_used > 0
-    wait_until(lambda: llm.engine.stats.pages_used == 0)
+        assert engine.stats.pages_used > 0
+    wait_until(lambda: engine.stats.pages_used == 0)
 
 
-def test_many_clients_of_whom_some_leave(online: tuple[httpx.Client, LLM], offline: LLM) -> None:
+def test_many_clients_of_whom_some_leave(http: httpx.Client, engine: Engine, offline: LLM) -> None:
     """Those who stay get what they would get alone; those who leave leave no page behind."""
-    http, llm = online
     prompts = [f"{PROMPT}{index} and then " * (1 + index % 3) for index in range(24)]
     bodies = [
         {"prompt": prompt, "max_tokens": 30, "ignore_eos": True, "seed": index, "stream": True}
@@ -170,4 +166,4 @@ def test_many_clients_of_whom_some_leave(online: tuple[httpx.Client, LLM], offli
         params = SamplingParams(max_tokens=30, ignore_eos=True, seed=index)
         assert texts[index] == offline.generate(prompts[index], params)[0].text
     assert texts.count(None) > 8  # a few texts have fewer parts than their reader wants
-    wait_until(lambda: llm.engine.stats.pages_used == 0)
+    wait_until(lambda: engine.stats.pages_used == 0)

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from server_helpers import ENDPOINTS, HELLO, openai_client, refusal, serving, wait_until
+from server_helpers import ENDPOINTS, HELLO, refusal, serving_model
 
 from qserve.config import EngineConfig
 from qserve.engine.engine import Engine
@@ -37,22 +37,14 @@ DIGITS = {"structured_outputs": {"regex": "[0-9]{4}"}}
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[httpx.Client, Engine]]:
-    engine = Engine.from_source(tiny_source(), EngineConfig(max_num_sequences=16))
-    with serving(engine) as http:
-        yield http, engine
-        wait_until(lambda: not engine.has_unfinished)
-    engine.check_integrity()
+def engine() -> Engine:
+    return Engine.from_source(tiny_source(), EngineConfig(max_num_sequences=16))
 
 
-@pytest.fixture
-def http(served: tuple[httpx.Client, Engine]) -> httpx.Client:
-    return served[0]
-
-
-@pytest.fixture
-def client(http: httpx.Client) -> openai.OpenAI:
-    return openai_client(http)
+@pytest.fixture(scope="module")
+def http(engine: Engine) -> Iterator[httpx.Client]:
+    with serving_model(engine) as http:
+        yield http
 
 
 def texts(http: httpx.Client, path: str, **fields: Any) -> list[str]:
@@ -148,8 +140,7 @@ def test_a_stop_string_may_cut_it_short(client: openai.OpenAI) -> None:
     assert answer.choices[0].text == "aaa" and answer.choices[0].stop_reason == "b"
 
 
-def test_others_are_served_while_a_grammar_is_compiled(served: tuple[httpx.Client, Engine]) -> None:
-    http, engine = served
+def test_others_are_served_while_a_grammar_is_compiled(http: httpx.Client, engine: Engine) -> None:
     compile_, meanwhile = engine.prepare, []
 
     def held_up(params: SamplingParams) -> None:
@@ -163,9 +154,7 @@ def test_others_are_served_while_a_grammar_is_compiled(served: tuple[httpx.Clien
     assert re.fullmatch("[0-9]{4}", meanwhile[0])
 
 
-def test_a_bug_in_compiling_a_grammar_is_answered(served: tuple[httpx.Client, Engine]) -> None:
-    http, engine = served
-
+def test_a_bug_in_compiling_a_grammar_is_answered(http: httpx.Client, engine: Engine) -> None:
     def broken(_: SamplingParams) -> None:
         raise LookupError("a bug")
 
