@@ -166,6 +166,25 @@ def test_a_prefix_hit_changes_what_is_computed_but_not_the_tokens() -> None:
     assert engine.stats.cached_tokens == 192
 
 
+@pytest.mark.parametrize("policy", [PLAIN, AHEAD], ids=["plain", "ahead"])
+def test_what_was_generated_is_found_again(policy: DevicePolicy) -> None:
+    engine = make_engine(policy)
+    first = run_one(engine, PROMPTS[1], replace(PARAMS[0], max_tokens=100))
+    run_one(engine, [*PROMPTS[1], *first.token_ids], PARAMS[0])
+    assert engine.stats.cached_tokens == 128
+
+
+def test_what_a_preempted_sequence_finds_again_was_not_cached_for_it() -> None:
+    engine = make_engine(num_pages=5, max_batched_tokens=256)
+    cached = set()
+    for number in range(2):
+        prompt = [number] * 100
+        engine.add_request(str(number), prompt, replace(PARAMS[0], max_tokens=40))
+    while engine.has_unfinished:
+        cached |= {output.cached_tokens for output in engine.step()}
+    assert engine.stats.preemptions == 1 and cached == {0}
+
+
 def test_sequences_of_one_request_share_its_prompt_and_draw_from_their_own_streams() -> None:
     engine = make_engine(max_batched_tokens=512)
     engine.add_request("n", PROMPTS[4], replace(PARAMS[2], n=4))
