@@ -22,7 +22,12 @@ def test_config_reads_both_spellings_of_rope() -> None:
 
 @pytest.mark.parametrize(
     ("scaling", "positions"),
-    [(None, 512), (LLAMA3_ROPE, 512), ({"type": "linear", "factor": 4.0}, 2048)],
+    [
+        (None, 512),
+        (LLAMA3_ROPE, 512),
+        ({"type": "linear", "factor": 4.0}, 2048),
+        ({"type": "dynamic", "factor": 2.0}, 1024),
+    ],
 )
 def test_scaling_extends_the_context(scaling: dict[str, Any] | None, positions: int) -> None:
     assert ModelConfig.from_hf(tiny_config(rope_scaling=scaling)).max_positions == positions

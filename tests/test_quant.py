@@ -201,7 +201,7 @@ def test_a_rotation_is_tried_on_what_reaches_the_layers(monkeypatch: pytest.Monk
         ("rotation", "Never"),
         ("grid", "serach"),
         ("rounding", "gtpq"),
-        ("group_size", 64),
+        ("group_size", 32),
         ("sequences", 1),
     ],
 )

@@ -16,7 +16,7 @@ from qserve.config import ConfigError, EngineConfig
 if TYPE_CHECKING:
     from qserve.engine.engine import Engine
     from qserve.models.source import WeightSource
-    from qserve.quant.pipeline import GroupSize
+    from qserve.quant.recipe import GroupSize
 
 DEFAULT_RECIPE = "qoq"
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}

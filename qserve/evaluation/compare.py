@@ -28,8 +28,8 @@ from qserve.evaluation.text import text_windows
 from qserve.models import names
 from qserve.models.source import WeightSource, fingerprint
 from qserve.quant.calibrate import calibration_text
-from qserve.quant.pipeline import GroupSize, plan, quantize, resolve_group_size
-from qserve.quant.recipe import Recipe
+from qserve.quant.pipeline import plan, quantize, resolve_group_size
+from qserve.quant.recipe import GroupSize, Recipe
 
 _DIFF_WINDOWS, _DIFF_LENGTH = 4, 512
 

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -25,10 +24,8 @@ from qserve.models.loader import check_names, read_tensor
 from qserve.models.source import WeightSource, fingerprint
 from qserve.quant.calibrate import Layer, calibration_text, calibration_windows, read_layer
 from qserve.quant.layer import LayerQuantizer, QuantizedLayer, Streams
-from qserve.quant.recipe import Recipe, RecipeError, find_recipe
+from qserve.quant.recipe import GroupSize, Recipe, RecipeError, find_recipe
 from qserve.quant.rotate import RotatedSource
-
-GroupSize = Literal["auto", -1, 64, 128]
 
 _BATCH_TOKENS = 1024
 _TRIAL_BATCHES = 4

@@ -20,6 +20,9 @@ from qserve.quant.smooth import (
     SmoothOutputs,
 )
 
+GroupSize = Literal["auto", -1, 64, 128]
+"""Weights that share a scale: "auto" is the largest group that divides every linear, -1 a channel."""
+
 
 class RecipeError(ValueError):
     """There is no recipe of this name, or it does not go with a setting."""
@@ -43,7 +46,7 @@ class Recipe:
         arXiv 2504.09629; GPTAQ, arXiv 2504.02692, is 1).
     wide_linears: linears kept at 8 bits with those fused to them: shell patterns of names within a
         layer ("mlp.down_proj") or in the model ("model.layers.0.*").
-    group_size: of 4-bit weights; "auto" is the largest that divides every linear, -1 a whole channel.
+    group_size: of 4-bit weights.
     sequences, length: calibration windows and tokens of each.
     """
 
@@ -61,7 +64,7 @@ class Recipe:
     damping: float = 0.01
     propagation: float = 0.0
     wide_linears: tuple[str, ...] = ()
-    group_size: Literal["auto", -1] = "auto"
+    group_size: GroupSize = "auto"
     sequences: int = 32
     length: int = 512
 
