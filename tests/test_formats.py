@@ -212,6 +212,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         replace(good, s2_zeros=good.s2_zeros[:1]).validate("layer")
     with pytest.raises(FormatError, match="either s1_szeros or both"):
         replace(good, s2_zeros=None).validate()
+    narrow = ChannelGrid.fit(torch.randn(96, 64)).pack(torch.zeros(96, 64, dtype=torch.uint8))
+    with pytest.raises(FormatError, match=r"layer: sizes \(96, 64\) are not multiples of 64"):
+        narrow.validate("layer")
     with pytest.raises(FormatError, match="group size 32"):
         fit_grid(torch.randn(64, 128), 32)
     with pytest.raises(FormatError, match="KV bits must be 4, 8 or 16"):

@@ -65,6 +65,7 @@ def test_an_index_decides_over_stray_files(directory: Path) -> None:
 def test_directory_with_a_state_dict(directory: Path, name: str) -> None:
     (directory / "model.safetensors").unlink()
     torch.save(tiny_source().tensors, directory / name)
+    torch.save({"learning_rate": 1e-3}, directory / "training_args.bin")
     assert_same_tensors(open_source(str(directory)), tiny_source().tensors)
 
 
