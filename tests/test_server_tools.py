@@ -267,6 +267,16 @@ RENDER = """{# <tool_call> #}{% for t in tools or [] %}[{{ t.function.name }}]{%
 {%- endfor %}{{ m.tool_call_id }}{% endfor %}"""
 
 
+def test_what_the_template_writes_must_be_text() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "\ud800", "arguments": "{}"}}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
+    with serving(stub_engine(tokenizer(RENDER))) as http:
+        content = json.dumps({"messages": messages})
+        headers = {"content-type": "application/json"}
+        error = refusal(http.post("/v1/chat/completions", content=content, headers=headers), 400)
+        assert "surrogate" in error["message"]
+
+
 def test_the_template_is_given_tools_and_calls_and_results() -> None:
     call = {"id": "c1", "type": "function"}
     messages = [

@@ -149,3 +149,11 @@ def test_chats_are_rendered_up_to_the_answer_and_refusals_are_clear() -> None:
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(RequestError, match="roles must alternate"):
         encode_chat(strict, [{"role": "user", "content": "Hi"}])
+
+
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    """JSON and Python let it through: in prompts, and in all that a template writes into one."""
+    with pytest.raises(RequestError, match="surrogate"):
+        encode(BYTE_LEVEL, "a\ud800")
+    with pytest.raises(RequestError, match="surrogate"):
+        encode_chat(BYTE_LEVEL, [{"role": "user", "content": "\ud800"}])

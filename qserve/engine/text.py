@@ -16,9 +16,16 @@ REPLACEMENT = "\ufffd"
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer adds to any text."""
-    return list(tokenizer.encode(text))
+def encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer adds to any text.
+
+    Raises RequestError for half of a surrogate pair, which JSON can spell though it is no text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("the prompt is no text: it holds an unpaired surrogate") from error
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def encode_chat(
@@ -31,8 +38,8 @@ def encode_chat(
 
     messages: each with "role" and "content". tools: what the assistant may call, as the OpenAI API
     describes it. settings: variables that the template knows besides, such as Qwen3's
-    `enable_thinking`. Raises RequestError if the model has no chat template or the template refuses
-    them.
+    `enable_thinking`. Raises RequestError if the model has no chat template, or the template refuses
+    them or makes no text of them.
     """
     if not tokenizer.chat_template:
         raise RequestError("the model has no chat template")
@@ -45,7 +52,7 @@ def encode_chat(
         )
     except Exception as error:  # templates raise whatever they like
         raise RequestError(f"the chat template refuses the messages: {error}") from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return encode(tokenizer, text, add_special_tokens=False)
 
 
 class Detokenizer:
