@@ -185,9 +185,13 @@ def test_what_a_preempted_sequence_finds_again_was_not_cached_for_it() -> None:
     assert engine.stats.preemptions == 1 and cached == {0}
 
 
-def test_sequences_of_one_request_share_its_prompt_and_draw_from_their_own_streams() -> None:
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])
+def test_sequences_of_one_request_share_its_prompt_and_draw_from_their_own_streams(
+    prompt_logprobs: int | None,
+) -> None:
     engine = make_engine(max_batched_tokens=512)
-    engine.add_request("n", PROMPTS[4], replace(PARAMS[2], n=4))
+    params = replace(PARAMS[2], n=4, prompt_logprobs=prompt_logprobs)
+    engine.add_request("n", PROMPTS[4], params)
     results: dict[str, dict[int, Completion]] = {}
     collect(engine, results)
     assert engine.stats.pages_used == 2 + 4
