@@ -241,6 +241,14 @@ def test_kv_codes_are_the_nearest_by_the_stored_scale_and_offset(bits: int) -> N
     assert ((quantized.offset.float() - x.amin(dim=1)).abs() > quantized.scale / 4).any()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("extreme", [-1e6, 1e6, 1e9])
+def test_kv_beyond_float16_stays_finite(bits: int, extreme: float) -> None:
+    x = torch.randn(8, 64)
+    x[:, 7] = extreme
+    assert quantize_kv(x, bits).dequantize().isfinite().all()
+
+
 def test_golden_bytes_of_a_kv_page() -> None:
     """Token 21 (g = 2, i = 5) of a head of 128 channels: bytes worked out from the layout."""
     kv_format = KVFormat(4, 128, 1)

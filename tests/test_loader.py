@@ -68,6 +68,7 @@ def quantized(
         (quantized(DOWN, 4, qweight=torch.zeros(128).to(torch.int8)), f"{DOWN}.qweight"),
         (quantized(DOWN, 4, s2_scales=torch.zeros(0, 128).to(torch.int8)), f"{DOWN}.s2_scales"),
         (quantized(DOWN, 8, dequant_scale=torch.ones(3)), f"{DOWN}.dequant_scale"),
+        (quantized(DOWN, 8, weight=torch.ones(128, 192)), f"{DOWN}.weight: expected an int8"),
         (quantized("model.layers.0.mlp.up_proj", 4), "layers.0.mlp.up_proj share an input"),
     ],
 )
