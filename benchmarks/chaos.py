@@ -142,6 +142,9 @@ async def speaks_no_http(server: Server) -> str:
 
 DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
+CHAIN = {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(5500)}
+"""Definitions, each of which leads to the next: those who follow them by recursion need a deep stack."""
+
 TROUBLES: Sequence[tuple[str, int, str, Callable[[Server], Awaitable[str]]]] = (
     ("leaves in mid-stream", 100, "left", leaves_in_mid_stream),
     ("leaves before the answer", 100, "left", leaves_before_the_answer),
@@ -153,6 +156,13 @@ TROUBLES: Sequence[tuple[str, int, str, Callable[[Server], Awaitable[str]]]] = (
     ("bytes that are not UTF-8", 100, "400", sends(b'{"prompt": "\xff\xfe"}')),
     ("half of a surrogate pair", 100, "400", sends(b'{"prompt": "\\ud800"}')),
     ("JSON that is 100,000 deep", 50, "400", sends(DEEP)),
+    (
+        "a schema of 5,500 references in a chain",
+        20,
+        "400",
+        asks(structured_outputs={"json": {"$defs": {**CHAIN, "5500": {}}, "$ref": "#/$defs/0"}}),
+    ),
+    ("100,000 stop strings", 50, "400", asks(stop=[f"stop {i}" for i in range(100_000)])),
     ("n = 10**9", 100, "400", asks(n=10**9)),
     ("logprobs = 10**9", 100, "400", asks(logprobs=10**9)),
     ("max_tokens = -1", 100, "400", asks(max_tokens=-1)),
