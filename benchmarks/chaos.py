@@ -160,7 +160,11 @@ TROUBLES: Sequence[tuple[str, int, str, Callable[[Server], Awaitable[str]]]] = (
         "a schema of 5,500 references in a chain",
         20,
         "400",
-        asks(structured_outputs={"json": {"$defs": {**CHAIN, "5500": {}}, "$ref": "#/$defs/0"}}),
+        asks(
+            structured_outputs={
+                "json": {"$defs": {**CHAIN, "5500": {"not": {}}}, "$ref": "#/$defs/0"}
+            }
+        ),
     ),
     ("100,000 stop strings", 50, "400", asks(stop=[f"stop {i}" for i in range(100_000)])),
     ("n = 10**9", 100, "400", asks(n=10**9)),
