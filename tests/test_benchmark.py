@@ -18,9 +18,9 @@ from qserve.benchmark.breakdown import (
     Breakdown,
     PartTime,
     Span,
+    last_steps,
     own_times,
     part_of,
-    steady_state,
 )
 from qserve.benchmark.dummy import DummySource, dummy_engine
 from qserve.benchmark.kernels import Ceilings
@@ -157,16 +157,16 @@ def test_kernels_that_overlap_are_counted_once() -> None:
 
 
 def test_a_step_lasts_from_one_drawing_of_tokens_to_the_next() -> None:
-    """The host's start of the first step is no gap, and its kernels are those of no step."""
+    """What holds up the first is no gap, and its kernels are those of no step."""
     first = [Span("copy", 0.0, 1.0), Span("gemm", 500.0, 504.0), Span("draw_tokens", 505.0, 507.0)]
     steps = [
         Span(name, start + 10 * index, start + 10 * index + length)
         for index in range(3)
         for name, start, length in (("copy", 508, 1), ("gemm", 510, 5), ("draw_tokens", 515, 2))
     ]
-    step, steady = steady_state([*steps, *first, Span("copy", 538.0, 539.0)])
-    assert step == 10
-    assert steady == steps
+    spans = [*steps, *first, Span("copy", 538.0, 539.0)]
+    assert last_steps(spans, 3) == (10, steps)
+    assert last_steps(spans, 2) == (10, steps[3:])
 
 
 @pytest.mark.parametrize(

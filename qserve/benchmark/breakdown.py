@@ -119,7 +119,7 @@ def bench_breakdown(
     _start_all(engine, batch)
     step_alone = _step_time(engine, steps)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        _step_time(engine, steps)
+        _step_time(engine, 2 * steps)
     if engine.stats.running != batch:
         raise ValueError(f"{room} tokens of output are too few for a breakdown of {batch} requests")
     held = context + (engine.stats.generated_tokens - before) // batch - steps // 2
@@ -130,21 +130,21 @@ def bench_breakdown(
         for event in profiler.events()
         if event.device_type.name == "CUDA"
     ]
-    step, steady = steady_state(spans)
+    step, steady = last_steps(spans, steps)
     parts = _part_times(steady, steps, roofline.part_times(batch, held))
     busy = sum(part.microseconds for part in parts)
     return Breakdown(batch, held, step, step_alone, parts, step - busy)
 
 
-def steady_state(spans: Iterable[Span]) -> tuple[float, list[Span]]:
-    """The time of a step, and what ran in those that follow the first.
+def last_steps(spans: Iterable[Span], steps: int) -> tuple[float, list[Span]]:
+    """The time of a step, and what ran in the last so many.
 
-    The first is left out: its device was idle, and waited for the host. What a step does after its
-    tokens are drawn, which is to copy them, counts for the next.
+    Those before are left out: the profiler's start holds up the host, and thereby the device. What a
+    step does after its tokens are drawn, which is to copy them, counts for the next.
     """
     ends = sorted(span.end for span in spans if LAST_OF_STEP in span.name)
-    steady = [span for span in spans if ends[0] < span.end <= ends[-1]]
-    return (ends[-1] - ends[0]) / (len(ends) - 1), steady
+    begin, end = ends[-1 - steps], ends[-1]
+    return (end - begin) / steps, [span for span in spans if begin < span.end <= end]
 
 
 def own_times(spans: Iterable[Span]) -> list[tuple[str, float]]:
