@@ -74,6 +74,7 @@ def test_nothing_is_seen_before_commit_and_all_after(tmp_path: Path) -> None:
     writer = CheckpointWriter(directory, "a")
     writer.write("model-0", {"x": torch.arange(3)})
     writer.write("model-1", {"y": torch.ones(2)})
+    writer.save_state(2, {"streams": torch.ones(9)})
     assert not directory.exists()
     writer.commit({"kind": "test"})
     assert json.loads((directory / "config.json").read_text()) == {"kind": "test"}
@@ -81,6 +82,8 @@ def test_nothing_is_seen_before_commit_and_all_after(tmp_path: Path) -> None:
     tensors = _read(directory)
     assert tensors.keys() == {"x", "y"} and torch.equal(tensors["x"], torch.arange(3))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    shards = {"model-0.safetensors", "model-1.safetensors", "model.safetensors.index.json"}
+    assert {path.name for path in directory.iterdir()} == {*shards, "config.json"}
 
 
 def test_commit_replaces_the_old_checkpoint_whole(tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_recipe_makes_a_checkpoint_that_loads(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("stored", "kept"),
+    [("float32", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16")],
+)
+def test_what_is_not_quantized_keeps_its_dtype_or_has_half_precision(
+    stored: str, kept: str, tmp_path: Path
+) -> None:
+    source = tiny_source(tiny_config(dtype=stored))
+    quantized = open_source(str(quantize_small(source, tmp_path / "model", RECIPES["rtn"])))
+    assert quantized.config.dtype == getattr(torch, kept)
+    for name in (names.EMBEDDING, names.LM_HEAD, "model.layers.1.input_layernorm.weight"):
+        assert quantized.tensor(name).dtype == getattr(torch, kept)
+
+
+@pytest.mark.parametrize(
     ("pattern", "wide"),
     [
         ("mlp.down_proj", {"0.mlp.down_proj", "1.mlp.down_proj"}),

@@ -86,6 +86,8 @@ def test_activation_rounding_rule() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -127.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     quantized = quantize_per_token(x)
     assert quantized.codes.tolist() == [[127, 0, 2, -2, -127], [0, 0, 0, 0, 0]]
+    magnitudes = torch.randn(5000, 1) * 2.0 ** torch.randint(-110, 120, (5000, 1))
+    assert (quantize_activation(magnitudes).codes.abs() == 127).all()
     assert quantized.scale.tolist() == [1.0, 0.0]
     assert quantized.row_sum.tolist() == [0, 0]
 

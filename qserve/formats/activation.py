@@ -46,7 +46,7 @@ def quantize_activation(x: Tensor) -> QuantizedActivation:
     amax = values.abs().amax(dim=-1)
     limit = torch.full_like(amax, ACTIVATION_MAX)  # torch divides by a number as it likes
     inverse = (limit / amax).clamp_(max=torch.finfo(torch.float32).max)
-    codes = torch.round(values * inverse[:, None]).clamp_(-ACTIVATION_MAX, ACTIVATION_MAX)
+    codes = torch.round(values * inverse[:, None])
     return QuantizedActivation(
         codes=codes.to(torch.int8),
         scale=amax / limit,
