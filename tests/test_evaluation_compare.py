@@ -138,7 +138,9 @@ def test_another_study_shares_nothing(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"text": TEXT.upper()}, {"window_length": 64}, {"max_windows": 2}], ids=str
+    "changes",
+    [{"text": TEXT.upper()}, {"text": TEXT[:200]}, {"window_length": 64}, {"max_windows": 2}],
+    ids=str,
 )
 def test_another_text_needs_no_other_checkpoint(
     source: MemorySource, tmp_path: Path, work: list[str], changes: dict[str, object]

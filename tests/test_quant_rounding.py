@@ -219,6 +219,16 @@ def test_searched_groups_are_near_the_best_there_are_and_stay_within_eight_bits(
     assert loss.sum() < 1.1 * _least_losses(groups, weights).sum()
 
 
+def test_a_searched_zero_times_its_scale_is_a_byte() -> None:
+    """Steps of 10 from -110 to 0, about which a centred zero of 13 would be 130 below."""
+    weight, importance = torch.arange(64).remainder(12)[None] * -10.0, torch.ones(64)
+    weight[:, :2], importance[:2] = torch.tensor([-119.0, 8.6]), 0.0
+    grid = search_grid(weight, 64, importance)
+    assert isinstance(grid, GroupGrid) and grid.scale.item() == 1
+    assert (grid.group_scale.item(), grid.group_zero.item()) == (10, 12)
+    assert torch.equal(grid.dequantize(grid.quantize(weight))[:, 2:], weight[:, 2:])
+
+
 def test_a_recipe_says_by_which_metric_grids_are_searched() -> None:
     weight, hessian = _problem(5, columns=256)
     moments, groups = Moments(hessian, None), torch.block_diag(*torch.ones(4, 64, 64))
