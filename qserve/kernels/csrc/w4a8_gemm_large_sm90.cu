@@ -16,7 +16,7 @@ constexpr int CONSUMER_WARPS = CONSUMER_THREADS / 32;
 constexpr int THREADS = CONSUMER_THREADS + 128;
 constexpr int CHUNK_TOKENS = 64;                 // tokens of one staged store
 constexpr int STAGING_BUFFERS = 3;
-constexpr int TILE_GROUP = 16;                   // token tiles visited before the next row tile
+constexpr int TILE_GROUP = 8;                    // token tiles visited before the next row tile
 
 constexpr int TOKEN_STAGE_BYTES = TOKENS * BLOCK;
 constexpr int WEIGHT_STAGE_BYTES = ROWS / SLAB_ROWS * SLAB_BYTES;
@@ -144,9 +144,10 @@ DEVICE void release(const Barriers& barriers, int stage) {
 }
 
 // One tile's sums. A group of multiplies stays in flight while the next is dequantized; the two
-// operand buffers alternate.
+// operand buffers alternate. `meanwhile()` is called while the last are in flight.
+template <class Meanwhile>
 DEVICE void accumulate(int (&accumulator)[SLABS][TOKENS / 2], const Shared& shared, Ring& ring,
-                       int blocks) {
+                       int blocks, Meanwhile meanwhile) {
   const int first_slab = threadIdx.x / 128 * SLABS;
   uint32 even[SLABS][8 * HALVES], odd[SLABS][8 * HALVES];
   PackedFragment<HALVES> packed[SLABS];
@@ -183,7 +184,10 @@ DEVICE void accumulate(int (&accumulator)[SLABS][TOKENS / 2], const Shared& shar
 #pragma unroll 1
   while (step(even, 0) && step(odd, GROUPS_PER_STAGE - 1)) {
   }
+  meanwhile();
   wgmma_wait<0>();
+#pragma unroll
+  for (int slab = 0; slab < SLABS; slab++) pin(even[slab]), pin(odd[slab]);  // until here
   release(shared.barriers, read_stage);
 }
 
@@ -256,25 +260,50 @@ struct Store {
   }
 };
 
-DEVICE void store_tile(const int (&accumulator)[SLABS][TOKENS / 2], const Operands& operands,
-                       const TensorMap* map, const Tile& tile, uint32 terms, Store& store) {
+// What this thread needs of a tile beside its sums: its rows' terms, and its share of the tokens'.
+struct Terms {
+  Row rows[SLABS][2];
+  Token tokens[TOKENS / 128];
+
+  __device__ __forceinline__ void fetch(const Operands& operands, const Tile& tile) {
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const int last_slab = (round_up(operands.rows, BLOCK) - 1) / SLAB_ROWS;
+#pragma unroll
+    for (int slab = 0; slab < SLABS; slab++) {
+      const int first_row = min(tile.slab + warpgroup * SLABS + slab, last_slab) * SLAB_ROWS;
+      const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+      rows[slab][0] = load_row(operands, row), rows[slab][1] = load_row(operands, row + 8);
+    }
+#pragma unroll
+    for (int i = 0; i < TOKENS / 128; i++)
+      tokens[i] = load_token(operands, tile.token + i * 128 + thread);
+  }
+
+  // Gives the tokens' to the whole warpgroup.
+  __device__ __forceinline__ void share(uint32 address) const {
+#pragma unroll
+    for (int i = 0; i < TOKENS / 128; i++)
+      store_shared_8(address + (i * 128 + threadIdx.x % 128) * sizeof(Token),
+                     __float_as_uint(tokens[i].scale), tokens[i].sum);
+    named_barrier(2 + threadIdx.x / 128, 128);
+  }
+};
+
+DEVICE void store_tile(const int (&accumulator)[SLABS][TOKENS / 2], const Terms& terms,
+                       uint32 tokens, const TensorMap* map, const Tile& tile, Store& store) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-  const int row_in_slab = thread / 32 * 16 + thread % 32 / 4;
   const int half = tile.split ? cluster_rank() * (TOKENS / 2) : 0;
   const int chunks = TOKENS / CHUNK_TOKENS / (tile.split ? 2 : 1);
 #pragma unroll
   for (int slab = 0; slab < SLABS; slab++) {
     const int first_row = (tile.slab + warpgroup * SLABS + slab) * SLAB_ROWS;
-    const int row = min(first_row, static_cast<int>(round_up(operands.rows, BLOCK)) - SLAB_ROWS) +
-                    row_in_slab;
-    const Row rows[2] = {load_row(operands, row), load_row(operands, row + 8)};
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK_TOKENS; chunk++) {
       if (chunk >= chunks) break;
       const int token = half + chunk * CHUNK_TOKENS;
       const uint32 buffer = store.buffer();
-      stage_chunk(&accumulator[slab][chunk * CHUNK_TOKENS / 2], terms + token * sizeof(Token), rows,
-                  buffer);
+      stage_chunk(&accumulator[slab][chunk * CHUNK_TOKENS / 2], tokens + token * sizeof(Token),
+                  terms.rows[slab], buffer);
       fence_for_copy_engine();
       // At most one store still reads, so the buffer written next is free.
       if (thread == 0) tensor_store_wait_read<1>();
@@ -286,28 +315,26 @@ DEVICE void store_tile(const int (&accumulator)[SLABS][TOKENS / 2], const Operan
 
 DEVICE void consume(const Operands& operands, const TensorMap* map, const Shared& shared,
                     TileQueue queue) {
-  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-  const uint32 terms = shared.terms + warpgroup * TOKENS * sizeof(Token);
+  const int warpgroup = threadIdx.x / 128;
+  const uint32 tokens = shared.terms + warpgroup * TOKENS * sizeof(Token);
   Store store{shared.staging + warpgroup * STAGING_BUFFERS * STAGING_BYTES};
   Ring ring;
   int accumulator[SLABS][TOKENS / 2];
+  Terms terms;
   wait_for_predecessor();
-  for (Tile tile; queue.pop(tile);) {
-    Token tokens[TOKENS / 128];  // fetched early, needed after the sums
-#pragma unroll
-    for (int i = 0; i < TOKENS / 128; i++)
-      tokens[i] = load_token(operands, tile.token + i * 128 + thread);
-    accumulate(accumulator, shared, ring, tile.blocks);
+  Tile tile, next;
+#pragma unroll 1
+  for (bool more = queue.pop(next); more;) {
+    tile = next;
+    terms.fetch(operands, tile);
+    accumulate(accumulator, shared, ring, tile.blocks, [&] {
+      terms.share(tokens);  // whose readers of the last tile met after they had read
+      more = queue.pop(next);
+    });
     if (tile.split) exchange_halves(accumulator, shared);
-    named_barrier(2 + warpgroup, 128);  // the last tile's terms have been read
-#pragma unroll
-    for (int i = 0; i < TOKENS / 128; i++)
-      store_shared_8(terms + (i * 128 + thread) * sizeof(Token), __float_as_uint(tokens[i].scale),
-                     tokens[i].sum);
-    named_barrier(2 + warpgroup, 128);
-    store_tile(accumulator, operands, map, tile, terms, store);
+    store_tile(accumulator, terms, tokens, map, tile, store);
   }
-  if (thread == 0) tensor_store_wait();
+  if (threadIdx.x % 128 == 0) tensor_store_wait();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
