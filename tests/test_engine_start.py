@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from engine_helpers import (
-    PLAIN,
-    make_engine,
-    tiny_decoder,
-)
+from engine_helpers import PLAIN, make_engine, run_one, tiny_decoder
 
+from qserve import SamplingParams
 from qserve.config import ConfigError, EngineConfig
 from qserve.engine.engine import Engine
 from qserve.engine.kv_cache import kv_format_of
 from qserve.models.decoder import Decoder
-from qserve.testing.tiny import (
-    tiny_config,
-    tiny_source,
-)
+from qserve.testing.tiny import tiny_config, tiny_source
 
 
 def test_the_cache_fits_the_memory_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +92,21 @@ def test_a_step_that_does_not_fit_is_one_error_at_the_start() -> None:
 def test_a_bad_setting_is_one_error_that_names_it(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         EngineConfig(**settings)
+
+
+def test_collections_of_garbage_pass_over_what_is_loaded() -> None:
+    """They would stall every so many steps; and what is let go must not need them."""
+    gc.unfreeze()
+    engine = Engine.from_source(tiny_source(tiny_config()), EngineConfig(num_pages=4))
+    assert gc.get_freeze_count() > 10 * len(gc.get_objects())
+    run_one(engine, [1, 2, 3], SamplingParams(max_tokens=3))
+    pools = weakref.ref(engine._runner._pools)
+    gc.disable()
+    try:
+        del engine
+        assert pools() is None
+    finally:
+        gc.enable()
 
 
 def test_more_pages_than_the_memory_holds_are_refused() -> None:

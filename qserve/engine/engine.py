@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ class Engine:
     def from_source(cls, source: WeightSource, config: EngineConfig) -> Engine:
         """As `load`, from a source that is already open."""
         loaded = load_model(source, config)
-        return cls(loaded.decoder, loaded.tokenizer, config, loaded.quantization)
+        engine = cls(loaded.decoder, loaded.tokenizer, config, loaded.quantization)
+        gc.collect()
+        gc.freeze()  # what is loaded stays; walking it in every full collection would stall steps
+        return engine
 
     def prepare(self, params: SamplingParams) -> None:
         """Do beforehand what would hold up `add_request`: compile a grammar. Any thread may call.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import gc
 import multiprocessing
 import pickle
 import signal
@@ -106,8 +105,6 @@ def _run(load: Callable[[], LoadedEngine], connection: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # likewise a service manager
     with suppress(OSError):  # the server is gone, as `_pass_on_commands` finds out
         connection.send((engine.tokenizer, engine.stats))
-    gc.collect()
-    gc.freeze()  # what is loaded stays; walking it in every full collection would stall all steps
     reports: SimpleQueue[bytes | None] = SimpleQueue()
     loop = EngineLoop(engine, lambda report: reports.put(_packed(report)))
     Thread(target=_pass_on_commands, args=(connection, loop), daemon=True).start()
