@@ -221,6 +221,22 @@ def test_prompt_logprobs_are_what_each_prefix_would_predict(max_batched_tokens: 
         assert score.top == predicted.top[:3]
 
 
+def test_prompt_logprobs_come_once_though_sequences_begin_one_after_the_other() -> None:
+    engine = make_engine(max_batched_tokens=64)
+    engine.add_request("p", PROMPTS[1], SamplingParams(max_tokens=1, n=2, prompt_logprobs=0))
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    assert [len(output.outputs) for output in outputs] == [1, 1]
+    assert [output.prompt_logprobs is None for output in outputs] == [False, True]
+
+
+def test_min_tokens_bar_nothing_where_nothing_ends_the_text() -> None:
+    params = replace(PARAMS[0], min_tokens=5)
+    assert params.ignore_eos
+    assert run_one(make_engine(), PROMPTS[1], params).token_ids == expected_tokens(1, 0)
+
+
 def test_stop_strings_end_the_text_before_them() -> None:
     text = TOKENIZER.decode(expected_tokens(1, 0), skip_special_tokens=True)
     stop = text[3:5]

@@ -146,7 +146,6 @@ def stage(
     fields.slots[:] = pages * PAGE_TOKENS + positions % PAGE_TOKENS
     _fill_tokens(fields, plan.chunks, sources)
     samples = np.fromiter((chunk.samples for chunk in plan.chunks), bool, len(plan.chunks))
-    fields.sample_rows[:] = 0
     fields.sample_rows[: len(plan.sampled)] = ends[: len(samples)][samples] - 1
     return buffer
 
