@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from engine_helpers import (
     AHEAD,
+    MAX_TOKENS,
     PARAMS,
     PLAIN,
     PROMPTS,
@@ -242,6 +243,15 @@ def test_stop_strings_end_the_text_before_them() -> None:
     stop = text[3:5]
     completion = run_one(make_engine(), PROMPTS[1], replace(PARAMS[0], stop=("never", stop)))
     assert completion.text == text[: text.index(stop)]
+    assert (completion.finish_reason, completion.stop_reason) == (FinishReason.STOP, stop)
+
+
+def test_a_stop_string_that_the_last_token_completes_is_a_stop() -> None:
+    *_, last = tokens = expected_tokens(1, 0)
+    stop = TOKENIZER.decode(tokens)[-2:]
+    assert len(tokens) == MAX_TOKENS and TOKENIZER.decode(tokens).count(stop) == 1
+    completion = run_one(make_engine(), PROMPTS[1], replace(PARAMS[0], stop=(stop,)))
+    assert completion.token_ids[-1] == last
     assert (completion.finish_reason, completion.stop_reason) == (FinishReason.STOP, stop)
 
 
