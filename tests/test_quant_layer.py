@@ -128,12 +128,17 @@ def test_center_is_the_mean_key_of_the_rounded_layer() -> None:
     assert center.abs().max() > 0.1
 
 
-def _ruin_down(layer: Layer, *_: Any) -> Layer:
-    """An exact pass that makes rounding hopeless: one channel of a thousand times the others."""
+def _louder_down(layer: Layer, loudness: float) -> Layer:
+    """The same layer, one input of down_proj in 64 so many times as loud."""
     up, down = "mlp.up_proj.weight", "mlp.down_proj.weight"
     factor = torch.ones(layer[up].shape[0])
-    factor[::64] = 1e-3
-    return {**layer, up: layer[up] * factor[:, None], down: layer[down] / factor}
+    factor[::64] = loudness
+    return {**layer, up: layer[up] / factor[:, None], down: layer[down] * factor}
+
+
+def _ruin_down(layer: Layer, *_: Any) -> Layer:
+    """An exact pass that makes rounding hopeless."""
+    return _louder_down(layer, 1e3)
 
 
 def test_a_pass_that_makes_the_error_worse_is_left_out() -> None:
@@ -144,6 +149,22 @@ def test_a_pass_that_makes_the_error_worse_is_left_out() -> None:
         _, ruined = _quantizer(source, recipe).quantize(read_layer(source, 0), Streams(x, x))
         _, plain = _quantizer(source).quantize(read_layer(source, 0), Streams(x, x))
         assert (ruined.error > 1.2 * plain.error) == (not guarded)
+
+
+def test_a_pass_is_judged_by_what_those_before_it_reached() -> None:
+    """The second undoes half of what the first gains, and so is left out."""
+    source = tiny_source()
+    layer = _louder_down(read_layer(source, 0), 64.0)
+    x = [torch.randn(LENGTH, 128)]
+    passes = tuple(
+        lambda layer, *_, loudness=loudness: _louder_down(layer, loudness)
+        for loudness in (1 / 64, 8.0)
+    )
+    errors = []
+    for tried in (passes, passes[:1], ()):
+        recipe = replace(RECIPES["rtn"], passes=tried, guarded=True)
+        errors.append(_quantizer(source, recipe).quantize(layer, Streams(x, x))[1].error)
+    assert errors[0] == errors[1] < 0.8 * errors[2]
 
 
 def test_of_several_passes_the_best_is_taken() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qserve.formats.grid import ChannelGrid, GroupGrid, WeightGrid, fit_grid
 from qserve.formats.layout import GROUP_SCALE_MAX
+from qserve.formats.weight import W8Weight
 from qserve.quant.clip import search_grid
 from qserve.quant.linear import LinearQuantizer
 from qserve.quant.recipe import RECIPES
@@ -143,6 +144,25 @@ def test_propagation_makes_up_for_what_the_served_inputs_lack() -> None:
         for strength in (0.0, 0.5, 1.0)
     ]
     assert errors[1] < 0.9 * errors[0] and errors[2] < 0.9 * errors[1]
+
+
+def test_grids_are_those_of_propagated_weights() -> None:
+    """Inputs that arrive at half of their size need weights of twice theirs."""
+    weight, _ = _problem(6)
+    exact = torch.randn(2000, 128)
+    moments = Moments.of([(exact, exact / 2, None)])
+    for grid in ("span", "search"):
+        rounded = _rounded(weight, moments, 64, propagation=1.0, damping=1e-6, grid=grid)
+        assert (rounded - 2 * weight).norm() < 0.15 * (2 * weight).norm()
+
+
+def test_nearest_is_of_the_bits_that_the_recipe_has() -> None:
+    weight = torch.randn(64, 128)
+    wide = LinearQuantizer(replace(RECIPES["rtn"], weight_bits=8), 64).nearest(weight)
+    assert torch.equal(wide, W8Weight.quantize(weight).dequantize())
+    grid = fit_grid(weight, 64)
+    narrow = LinearQuantizer(RECIPES["rtn"], 64).nearest(weight)
+    assert torch.equal(narrow, grid.dequantize(grid.quantize(weight)))
 
 
 def test_moments_count_tokens_by_the_residual_they_are_added_to() -> None:
