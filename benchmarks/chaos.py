@@ -235,8 +235,9 @@ async def wait_for_metric(http: httpx.AsyncClient, name: str, value: float) -> N
 
 async def told_to_end(process: subprocess.Popen[str], server: Server, good: Soak) -> bool:
     """SIGTERM while many stream: they get the whole, those who come later 503."""
-    streams = [asyncio.create_task(good.client(n, time.monotonic() + 0.1)) for n in range(STREAMS)]
-    await wait_for_metric(good.http, "vllm:num_requests_running", STREAMS)
+    streams = [asyncio.create_task(good.ask(number)) for number in range(STREAMS)]
+    while (await metrics(good.http))["vllm:num_requests_running"] + good.outcomes.total() < STREAMS:
+        await asyncio.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     while (await good.http.get("/ready")).status_code != 503:
         await asyncio.sleep(0.01)

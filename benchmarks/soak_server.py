@@ -59,15 +59,19 @@ class Soak:
         raise ConnectionError("the stream ended before its end was announced")
 
     async def client(self, number: int, until: float) -> None:
-        """Ask one question after the other; count how each was answered."""
+        """Ask one question after the other."""
         while time.monotonic() < until:
-            question = QUESTIONS[number % len(QUESTIONS)]
+            await self.ask(number)
             number += 1
-            try:
-                same = await self.answer(question) == self.expected[question]
-                self.outcomes["as expected" if same else "different"] += 1
-            except Exception as error:
-                self.outcomes[f"error: {error!r}"] += 1
+
+    async def ask(self, number: int) -> None:
+        """Ask a question; count how it was answered."""
+        question = QUESTIONS[number % len(QUESTIONS)]
+        try:
+            same = await self.answer(question) == self.expected[question]
+            self.outcomes["as expected" if same else "different"] += 1
+        except Exception as error:
+            self.outcomes[f"error: {error!r}"] += 1
 
 
 @dataclass(frozen=True)
