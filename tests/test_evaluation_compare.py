@@ -91,6 +91,12 @@ def test_numbers_are_those_of_single_measurements(source: MemorySource, tmp_path
     assert len({row.perplexity for row in result.rows}) == 8
 
 
+def test_rows_say_what_the_weights_are(source: MemorySource, tmp_path: Path) -> None:
+    recipes = [NEAREST, replace(NEAREST, name="wide", weight_bits=8)]
+    rows = compare(study(source, recipes=recipes), tmp_path).rows
+    assert [(row.weight_bits, row.group_size) for row in rows] == [(4, 64), (8, -1)]
+
+
 def test_what_is_done_is_not_done_again(
     source: MemorySource, tmp_path: Path, work: list[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,17 @@ def test_a_model_equals_itself(source: MemorySource) -> None:
         for agreement in (*layer.weights.values(), layer.attention, layer.mlp, layer.output):
             assert agreement.sqnr_db > 110 and agreement.cosine == pytest.approx(1)
         assert layer.attention.sqnr_db == layer.mlp.sqnr_db == layer.output.sqnr_db == 300
+
+
+@pytest.mark.parametrize("part", ["mlp.up_proj", "self_attn.k_proj", "self_attn.v_proj"])
+def test_rows_of_zeros_have_no_scale_to_find(source: MemorySource, part: str) -> None:
+    def without_rows(weight: Tensor) -> Tensor:
+        return weight.clone().index_fill_(0, torch.tensor([3, 40]), 0.0)
+
+    pruned = changed(source, f"model.layers.1.{part}.weight", without_rows)
+    first, second = diff(pruned, pruned).layers
+    for agreement in (*first.weights.values(), *second.weights.values()):
+        assert agreement.sqnr_db > 110
 
 
 def transformed(source: MemorySource) -> MemorySource:
@@ -187,6 +199,14 @@ def test_signal_to_noise_is_a_mean_over_tokens() -> None:
     agreement = tally.agreement()
     assert agreement.sqnr_db == pytest.approx(10 * torch.log10(torch.tensor(200.0)).item())
     assert agreement.cosine == pytest.approx((1 + 23 / (5 * 21.25**0.5)) / 2)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_agreement(broken: float) -> None:
+    tally = Tally()
+    tally.add(torch.ones(2, 3), torch.tensor([[1.0, 1.0, 1.0], [1.0, broken, 1.0]]))
+    assert not math.isfinite(tally.agreement().sqnr_db)
+    assert not tally.agreement().cosine > 0.6
 
 
 def test_rotation_of_the_stream_is_found() -> None:

@@ -28,6 +28,7 @@ from qserve.quant.layer import LayerQuantizer, Streams
 from qserve.quant.pipeline import Job, plan, quantize
 from qserve.quant.recipe import RECIPES, Recipe, find_recipe
 from qserve.quant.rotate import RotatedSource
+from qserve.quant.smooth import RotateValues
 from qserve.testing.tiny import (
     MemorySource,
     quantized_source,
@@ -58,6 +59,33 @@ def test_recipe_makes_a_checkpoint_that_loads(name: str, tmp_path: Path) -> None
     assert recipe.rotation == "measured" or is_rotated == (recipe.rotation == "always")
     assert load_decoder(quantized, torch.float32).config.num_layers == 2
     quantized.tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_calibrated"),
+    [
+        ({}, False),
+        ({"rotation": "always", "k_hadamard": True}, False),
+        ({"rotation": "measured"}, True),
+        ({"k_center": True}, True),
+        ({"grid": "search"}, True),
+        ({"propagation": 0.5}, True),
+        ({"passes": (RotateValues(),)}, True),
+    ],
+    ids=str,
+)
+def test_a_recipe_knows_whether_calibration_changes_anything(
+    changes: dict[str, Any], is_calibrated: bool, tmp_path: Path
+) -> None:
+    """Where it says no, other windows give the same bytes."""
+    recipe = replace(RECIPES["rtn"], **changes)
+    assert recipe.is_calibrated == is_calibrated
+    if not is_calibrated:
+        made = [
+            bytes_of(quantize_small(tiny_source(), tmp_path / str(seed), recipe, seed=seed))
+            for seed in (0, 1)
+        ]
+        assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,9 @@ class Tally:
         expected, actual = expected.double(), actual.double()
         noise = (actual - expected).square().sum(dim=1)
         signal = expected.square().sum(dim=1)
-        self.noise += float(torch.where(noise > 0, noise / signal, 0).sum())
+        self.noise += float(torch.where(noise == 0, 0, noise / signal).sum())
         same = torch.nn.functional.cosine_similarity(expected, actual, dim=1)
-        self.cosine += float(torch.where(noise > 0, same, 1).sum())
+        self.cosine += float(torch.where(noise == 0, 1, same).sum())
         self.rows += len(expected)
 
     def agreement(self) -> Agreement:
