@@ -73,6 +73,16 @@ def test_loglikelihood(model: LoadedModel) -> None:
         assert result[0] == pytest.approx(total, rel=1e-3) and result[1] == greedy
 
 
+def test_texts_begin_once(model: LoadedModel) -> None:
+    """With the token that tokenizers of some models add, also where a chat template wrote it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_bos_token = True
+    served = ServedLM(replace(model, tokenizer=tokenizer))
+    letters = tiny_tokenizer().encode("hi")
+    assert served.tok_encode("hi") == served.tok_encode(f"{tokenizer.bos_token}hi") == [0, *letters]
+    assert served.tok_encode("hi", add_special_tokens=False) == letters
+
+
 def test_greedy_continuation_is_recognised(model: LoadedModel) -> None:
     served = ServedLM(model)
     prompt = model.tokenizer.encode("hello")
