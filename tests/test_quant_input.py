@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,28 @@ def test_tensors_that_are_not_what_config_says_are_refused(
     with pytest.raises(ModelError, match=f"tensor {name} (has shape|is torch.int8)"):
         quantize_small(source, tmp_path / "model", replace(RECIPES["rtn"], rotation=rotation))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("rotation", ["never", "always"])
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", math.nan, "float32"),
+        ("model.layers.0.self_attn.v_proj.weight", math.inf, "float32"),
+        (names.EMBEDDING, -math.inf, "float16"),
+        (names.LM_HEAD, 1e9, "float16"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(
+    name: str, value: float, dtype: str, rotation: Literal["never", "always"], tmp_path: Path
+) -> None:
+    """Or would not be, once stored in half precision."""
+    source = tiny_source()
+    source.tensors[name][3, 5] = value
+    with pytest.raises(ModelError, match=f"tensor {name} is not finite in torch.{dtype}"):
+        quantize_small(
+            source, tmp_path / "model", replace(RECIPES["smoothquant"], rotation=rotation)
+        )
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from qserve.models import names
-from qserve.models.config import ModelConfig, first_line
+from qserve.models.config import ModelConfig, ModelError, first_line
 from qserve.models.loader import read_tensor
 from qserve.models.source import WeightSource
 
@@ -87,12 +87,22 @@ def read_layer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Layer:
-    """All tensors of one layer; ModelError if one is not what it must be."""
+    """All tensors of one layer, as `read_finite` reads them."""
     prefix = names.layer_prefix(index)
     return {
-        name: read_tensor(source, prefix + name).to(device, dtype)
+        name: read_finite(source, prefix + name, device, dtype)
         for name in names.layer_shapes(source.config)
     }
+
+
+def read_finite(
+    source: WeightSource, name: str, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    """One tensor; ModelError if it is not what it must be, or not finite in `dtype`."""
+    tensor = read_tensor(source, name).to(device, dtype)
+    if not tensor.isfinite().all():
+        raise ModelError(f"tensor {name} is not finite in {dtype}")
+    return tensor
 
 
 def fused_weight(layer: Layer, parts: Sequence[str]) -> Tensor:

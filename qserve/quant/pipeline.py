@@ -22,7 +22,13 @@ from qserve.models import names
 from qserve.models.config import ModelConfig, ModelError
 from qserve.models.loader import check_names, read_tensor
 from qserve.models.source import WeightSource, fingerprint
-from qserve.quant.calibrate import Layer, calibration_text, calibration_windows, read_layer
+from qserve.quant.calibrate import (
+    Layer,
+    calibration_text,
+    calibration_windows,
+    read_finite,
+    read_layer,
+)
 from qserve.quant.layer import LayerQuantizer, QuantizedLayer, Streams
 from qserve.quant.recipe import GroupSize, Recipe, RecipeError, find_recipe
 from qserve.quant.rotate import RotatedSource
@@ -231,7 +237,8 @@ class Job:
         if not writer.has(_shard(0)):
             outer = [name for name in names.tensor_shapes(source.config) if ".layers." not in name]
             dtype = _float_dtype(source.config)
-            writer.write(_shard(0), {name: read_tensor(source, name).to(dtype) for name in outer})
+            tensors = {name: read_finite(source, name, self.device, dtype) for name in outer}
+            writer.write(_shard(0), tensors)
 
 
 def _shard(number: int) -> str:
