@@ -65,8 +65,7 @@ class RMSNorm:
         """As a call, the norm quantized per token."""
         if not isinstance(x, Product):
             return rms_norm_quantize(x, self.weight, self.eps, residual)
-        if residual is None:
-            return rms_norm_quantize(x.tensor(), self.weight, self.eps)
+        assert residual is not None, "what comes first is the embedding, no product"
         return linear_rms_norm_quantize(
             x.x, x.weight, x.bias, x.dtype, self.weight, self.eps, residual
         )
