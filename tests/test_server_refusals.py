@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, ValidationError
 from server_helpers import (
     ENDPOINTS,
     HELLO,
@@ -21,7 +22,7 @@ from server_helpers import (
 )
 
 from qserve.engine.request import RequestError
-from qserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from qserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest
 from qserve.testing.tiny import tiny_tokenizer
 
 endpoints = pytest.mark.parametrize("path", ENDPOINTS)
@@ -166,6 +167,39 @@ def test_prompt_of_ten_megabytes() -> None:
             while not long.done():
                 assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
             assert "tokens" in refusal(long.result(), 400)["message"]
+
+
+MANY = 20_000
+
+
+@pytest.mark.parametrize(
+    ("request_type", "fields"),
+    [
+        (CompletionRequest, {"prompt": [True] * MANY}),
+        (CompletionRequest, {"prompt": [[True]] * MANY}),
+        (CompletionRequest, {"prompt": [["x"] * MANY]}),
+        (CompletionRequest, {"stop": [5] * MANY}),
+        (CompletionRequest, {"stop_token_ids": ["x"] * MANY}),
+        (CompletionRequest, {"logit_bias": {str(i): "x" for i in range(MANY)}}),
+        (CompletionRequest, {"metadata": {str(i): 5 for i in range(MANY)}}),
+        (CompletionRequest, {"structured_outputs": {"choice": [5] * MANY}}),
+        (CompletionRequest, {str(i): 5 for i in range(MANY)}),
+        (ChatCompletionRequest, {"messages": [{"role": "x"}] * MANY}),
+        (ChatCompletionRequest, {"messages": HELLO * MANY}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [5] * MANY}]}),
+        (ChatCompletionRequest, {"messages": [{"role": "assistant", "tool_calls": [5] * MANY}]}),
+        (ChatCompletionRequest, {"tools": [5] * MANY}),
+        (ChatCompletionRequest, {"chat_template_kwargs": {str(i): 5 for i in range(MANY)}}),
+        (DetokenizeRequest, {"tokens": ["x"] * MANY}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_many_mistakes_are_not_all_told(request_type: type[BaseModel], fields: Any) -> None:
+    """To gather them would hold up the event loop, and with it all others."""
+    needed = {CompletionRequest: {"prompt": "x"}, ChatCompletionRequest: {"messages": HELLO}}
+    with pytest.raises(ValidationError) as refused:
+        request_type(**needed.get(request_type, {}) | fields)
+    assert refused.value.error_count() <= 5
 
 
 def test_what_only_makes_sense_together() -> None:

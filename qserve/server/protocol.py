@@ -8,15 +8,21 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, JsonValue, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, model_validator
 
 from qserve.engine.request import Grammar, RequestError, SamplingParams
-from qserve.server.fields import RequestModel, Text
+from qserve.server.fields import RequestModel, Text, at_most
 from qserve.server.structured import ResponseFormat, StructuredOutputs, requested_grammar
 from qserve.server.tools import Tool, ToolCall, ToolChoice, ToolUse, tool_use
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_PROMPTS = 10_000
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 1024
+MAX_ENTRIES = 16
+"""Of `metadata`, and of the settings of a chat template."""
+
 MAX_STOPS = 16
 MAX_NAMED_TOKENS = 1024
 """Of `logit_bias` and of `stop_token_ids`: each, as each stop, costs a sequence time at every step."""
@@ -24,10 +30,11 @@ MAX_NAMED_TOKENS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """What the OpenAI API gives a completion that does not ask for a number; a chat has no limit."""
 
+Tokens = Annotated[list[StrictInt], Field(fail_fast=True)]
 LogprobCount = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
 
 
-TemplateSettings = dict[str, JsonValue]
+TemplateSettings = Annotated[dict[str, Any], at_most(MAX_ENTRIES)]
 """Variables for the chat template, such as Qwen3's `enable_thinking`."""
 
 
@@ -48,13 +55,15 @@ class GenerationRequest(RequestModel):
     top_k: StrictInt | None = None
     min_p: StrictFloat | None = None
     n: Annotated[StrictInt, Field(le=MAX_CHOICES)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[StrictInt], Field(max_length=MAX_NAMED_TOKENS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: (
+        Annotated[list[StrictInt], Field(max_length=MAX_NAMED_TOKENS, fail_fast=True)] | None
+    ) = None
     seed: StrictInt | None = None
     presence_penalty: StrictFloat | None = None
     frequency_penalty: StrictFloat | None = None
     repetition_penalty: StrictFloat | None = None
-    logit_bias: Annotated[dict[str, StrictFloat], Field(max_length=MAX_NAMED_TOKENS)] | None = None
+    logit_bias: Annotated[dict[str, StrictFloat], at_most(MAX_NAMED_TOKENS)] | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
     stream: StrictBool | None = None
@@ -64,7 +73,7 @@ class GenerationRequest(RequestModel):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], at_most(MAX_ENTRIES)] | None = None
     store: StrictBool | None = None
     service_tier: Literal["auto", "default"] | None = None
 
@@ -115,7 +124,11 @@ def _token_biases(biases: dict[str, float]) -> dict[int, float]:
 
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[
-        Text | list[Text] | list[StrictInt] | list[list[StrictInt]], Field(min_length=1)
+        Text
+        | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(max_length=MAX_PROMPTS, fail_fast=True)],
+        Field(min_length=1),
     ]
     echo: StrictBool | None = None
     logprobs: LogprobCount | None = None
@@ -144,9 +157,11 @@ class ChatMessage(RequestModel):
     """name: of a participant, or of the tool that answers. `refusal` is accepted and not used."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: (
+        Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -177,12 +192,18 @@ class ChatMessage(RequestModel):
         return "\n".join(part.text for part in self.content)
 
 
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
 class ChatCompletionRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: LogprobCount | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: TemplateSettings = Field(default_factory=dict)
@@ -207,8 +228,8 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     chat_template_kwargs: TemplateSettings = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -220,4 +241,4 @@ class TokenizeRequest(RequestModel):
 
 class DetokenizeRequest(RequestModel):
     model: str | None = None
-    tokens: list[StrictInt]
+    tokens: Tokens

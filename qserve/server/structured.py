@@ -44,7 +44,7 @@ class StructuredOutputs(RequestModel):
 
     json_: dict[str, Any] | StrictBool | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = None
     grammar: Text | None = None
 
     @model_validator(mode="after")
