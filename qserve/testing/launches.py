@@ -32,10 +32,11 @@ def without_overlap() -> Iterator[None]:
 
 @contextmanager
 def every_lane_arriving() -> Iterator[None]:
-    """In kernels launched inside the block, each lane of a warp says for itself what it has read.
+    """In kernels launched inside the block, each lane of a warp waits and arrives at barriers for
+    itself.
 
     For a checker that does not see that `__syncwarp` orders the lanes of a warp before one of them
-    arrives at a barrier for all.
+    arrives at a barrier for all, or after one of them has waited there.
     """
     with launching(_every_lane_arriving):
         yield

@@ -65,10 +65,12 @@ DEVICE void fetch_page(const Arguments& arguments, int id, int kv_head,
 }
 
 // A page for the reader of each lane's number, unless id is negative. Copies are a lane's each, at
-// once, or the warp's, one after the other.
+// once (but for a checker, which takes such for one lane's), or the warp's, one after the other.
 DEVICE void fetch_row(const Arguments& arguments, int id, int kv_head, RingPosition& position) {
   if (LANE_COPIES) {
-    if (id >= 0) fetch_page(arguments, id, kv_head, position);
+    for (int turn = 0; turn < ARRIVING_LANES; turn++)
+      if (id >= 0 && threadIdx.x % ARRIVING_LANES == turn)
+        fetch_page(arguments, id, kv_head, position);
   } else {
     for (int lane = 0; lane < WARPS; lane++) {
       const RingPosition other = {__shfl_sync(FULL_WARP, position.stage, lane),
@@ -202,15 +204,14 @@ DEVICE void store_merged(const Arguments& arguments, const WorkItem& item, int h
                                        pack_pair<BFLOAT16>(value.z * norm, value.w * norm)};
 }
 
-// The stage of every lane that has one, once all lanes have read them.
-DEVICE void give_back(int stage, int has_stage) {
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < ARRIVING_LANES; i++) {
-    const int lane = (threadIdx.x + i) % 32;
-    const int other = i ? __shfl_sync(FULL_WARP, stage, lane) : stage;
-    if (i ? __shfl_sync(FULL_WARP, has_stage, lane) : has_stage)
-      barrier_arrive(address(shared().empty[other]));
+// `body(stage, phases)` for the other lanes that have a stage, where each lane waits and arrives for
+// itself.
+template <class Body>
+DEVICE void for_other_lanes(int has_stage, int stage, uint32 phases, Body body) {
+  for (int i = 1; i < ARRIVING_LANES; i++) {
+    const int lane = (threadIdx.x + i) % 32, other = __shfl_sync(FULL_WARP, stage, lane);
+    const uint32 other_phases = __shfl_sync(FULL_WARP, phases, lane);
+    if (__shfl_sync(FULL_WARP, has_stage, lane)) body(other, other_phases);
   }
 }
 
@@ -229,6 +230,9 @@ DEVICE void merge(const Arguments& arguments) {
       barrier_wait(address(shared().deposited[stage]), phases >> stage / WARPS & 1);
       phases ^= 1u << stage / WARPS;
     }
+    for_other_lanes(deposits, stage, phases, [](int stage, uint32 phases) {
+      barrier_wait(address(shared().deposited[stage]), ~phases >> stage / WARPS & 1);
+    });
     const Deposit* parts[WARPS];
 #pragma unroll
     for (int part = 0; part < WARPS; part++)
@@ -238,7 +242,11 @@ DEVICE void merge(const Arguments& arguments) {
       store_merged(arguments, work.item, work.query_head() + row, channel,
                    Merged(parts, min(pages, WARPS), row, channel));
     }
-    give_back(stage, deposits);
+    __syncwarp();
+    if (deposits) barrier_arrive(address(shared().empty[stage]));
+    for_other_lanes(deposits, stage, phases, [](int stage, uint32) {
+      barrier_arrive(address(shared().empty[stage]));
+    });
   });
 }
 
