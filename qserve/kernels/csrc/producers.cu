@@ -2,9 +2,12 @@
 // value is read once and written once.
 #include "rows.cuh"
 
-// Weights never change, so what does not depend on the predecessor need not wait for it.
+// Weights never change, so what does not depend on the predecessor need not wait for it. The residual
+// may still change, but only on its way through the L2 cache.
 DEVICE void normalize(Values& values, const uint16* x, const Norm& norm) {
   launch_dependents();
+  if (threadIdx.x == 0 && norm.residual != nullptr)
+    prefetch(norm.residual + static_cast<int64>(blockIdx.x) * COLUMNS, COLUMNS * sizeof(uint16));
   NormRow row(norm);
   wait_for_predecessor();
   row.fetch_residual(blockIdx.x);

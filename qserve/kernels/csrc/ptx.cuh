@@ -255,6 +255,13 @@ DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
 }
 
+// Brings `bytes` of global memory to the L2 cache, if there is such a thing.
+DEVICE void prefetch(const void* source, uint32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(source), "r"(bytes) : "memory");
+#endif
+}
+
 // ---- programmatic dependent launch -----------------------------------------------------------
 
 // Lets the next kernel of the stream start its prologue.

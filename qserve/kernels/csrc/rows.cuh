@@ -46,7 +46,7 @@ __shared__ float squares[WARPS];
 struct NormRow {
   const Norm& norm;
   Fetched<NormWeight> gain;
-  Fetched<uint16> residual, x;
+  Fetched<uint16> residual = {}, x;
 
   __device__ __forceinline__ explicit NormRow(const Norm& n) : norm(n) { gain.fetch(n.weight); }
 
@@ -57,21 +57,21 @@ struct NormRow {
     x.fetch(rows + row * COLUMNS);
   }
 
-  // Returns this thread's sum of squares.
+  // Returns this thread's sum of squares. Without a residual zeros are added, which takes no branch:
+  // around one the compiler would keep all vectors unpacked.
   __device__ __forceinline__ float add_residual(Values& values, int64 row) {
     float sum = 0;
     each_vector([&](int i, int vector) {
       float(&v)[WIDTH] = values.at[i];
+      float added[WIDTH];
       unpack(x.at[i], v);
-      if (norm.residual != nullptr) {
-        float added[WIDTH];
-        unpack(residual.at[i], added);
+      unpack(residual.at[i], added);
 #pragma unroll
-        for (int e = 0; e < WIDTH; e++) v[e] += added[e];
-        const uint4 total = pack_vector<BFLOAT16>(v);
+      for (int e = 0; e < WIDTH; e++) v[e] += added[e];
+      const uint4 total = pack_vector<BFLOAT16>(v);
+      if (norm.residual != nullptr)
         reinterpret_cast<uint4*>(norm.total + row * COLUMNS)[vector] = total;
-        unpack_vector<BFLOAT16>(total, v);
-      }
+      unpack_vector<BFLOAT16>(total, v);
 #pragma unroll
       for (int e = 0; e < WIDTH; e++) sum += v[e] * v[e];
     });
