@@ -116,6 +116,15 @@ def test_steps_ahead_change_no_part_of_an_output(data: st.DataObject, num_pages:
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize(("policy", "gained"), [(PLAIN, [1, 1, 1, 0]), (AHEAD, [0, 1, 1, 1])])
+def test_a_step_gives_what_it_gained_or_what_the_one_before_did(
+    policy: DevicePolicy, gained: list[int]
+) -> None:
+    engine = make_engine(policy)
+    engine.add_request("three", PROMPTS[1], replace(PARAMS[0], max_tokens=3))
+    assert [len(engine.step()) for _ in gained] == gained
+
+
 def test_tokens_do_not_depend_on_the_chunk_size() -> None:
     params = replace(PARAMS[2], max_tokens=3)
     for max_batched_tokens in [*range(1, 67), 128, 1000]:
