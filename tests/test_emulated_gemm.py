@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from activation_helpers import before_poison
 from emulator import Emulator, tensor_map
 
 from qserve.formats.activation import quantize_activation
@@ -145,8 +146,12 @@ def test_a_norm_that_does_not_wait_is_caught(
 def is_exact(tile: Tile, weight: QuantizedWeight, tokens: int) -> bool:
     x = quantize_activation(torch.randn(tokens, weight.shape[1]))
     bias = torch.randn(weight.shape[0])
-    found = CudaWeight._repack(weight).apply_tile(x, bias, torch.bfloat16, tile)
-    return torch.equal(found, reference_linear(x, weight, bias, torch.bfloat16))
+    expected = reference_linear(x, weight, bias, torch.bfloat16)
+    prepared = CudaWeight._repack(weight)
+    return all(
+        torch.equal(prepared.apply_tile(given, bias, torch.bfloat16, tile), expected)
+        for given in (x, before_poison(x))
+    )
 
 
 def test_a_stage_released_under_a_multiply_is_caught(

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from activation_helpers import before_poison
 
 from qserve.formats.activation import QuantizedActivation, quantize_activation
 from qserve.formats.grid import ChannelGrid, fit_grid
@@ -95,12 +96,10 @@ def test_every_tile_gives_the_reference_bits(tile: Tile, weight_format: str) -> 
         for index, tokens in enumerate((1, 17, tile.tokens, 2 * tile.tokens + 37)):
             dtype = dtypes[index % 2]
             x, bias = make_activation(tokens, columns), torch.randn(rows, device="cuda")
-            out = prepared.apply_tile(x, bias, dtype, tile)
-            assert torch.equal(out, expected_linear(x, weight, bias, dtype)), (
-                rows,
-                columns,
-                tokens,
-            )
+            expected = expected_linear(x, weight, bias, dtype)
+            for given in (x, before_poison(x)):
+                out = prepared.apply_tile(given, bias, dtype, tile)
+                assert torch.equal(out, expected), (rows, columns, tokens)
 
 
 @pytest.mark.parametrize("shape", LAYER_SHAPES + SMOLLM2_SHAPES, ids=str)

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("cuda.core")
 
-from qserve.formats.activation import quantize_activation
+from qserve.formats.activation import QuantizedActivation, quantize_activation
 from qserve.formats.weight import W8Weight
 from qserve.kernels import OpError, gemm_cuda, jit, tensor_map
 from qserve.kernels.gemm_cuda import CudaWeight, pack_blocks
@@ -172,6 +172,20 @@ def test_gemm_grids_and_operands(
     first = next(i for i, argument in enumerate(arguments) if argument is prepared.packed)
     assert all(a is b for a, b in zip(arguments[first:], operands, strict=False))
     assert arguments[first + 6 : first + 11] == (tokens, 192, 576, 5, 0)
+
+
+def test_tokens_are_read_up_to_a_whole_tile_where_there_is_room() -> None:
+    wide, narrow = Tile("large", 128, 128), Tile("small", 128, 16)
+    roomy = QuantizedActivation.empty(300, 576, torch.device("cpu")).codes
+    tight = torch.empty(300, 576, dtype=torch.int8)
+    read = {
+        (name, tile): gemm_cuda._with_room(codes, tile)
+        for name, codes in (("roomy", roomy), ("tight", tight), ("part", tight[7:107]))
+        for tile in (wide, narrow)
+    }
+    assert [len(codes) for codes in read.values()] == [384, 300, 300, 300, 128, 100]
+    assert all(codes.stride() == (576, 1) for codes in read.values())
+    assert read["part", wide].data_ptr() == tight[7].data_ptr()
 
 
 @pytest.mark.parametrize(("tokens", "workers"), [(1, 1), (33, 32), (200, 128), (300, 66)])

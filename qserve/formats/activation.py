@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qserve.formats.layout import ACTIVATION_MAX
 
+ROOM = 256
+"""Rows: a GEMM whose last tile is not full reads on behind the codes, if it may, which is faster."""
+
 
 @dataclass(frozen=True)
 class QuantizedActivation:
@@ -24,9 +27,10 @@ class QuantizedActivation:
 
     @classmethod
     def empty(cls, rows: int, columns: int, device: torch.device) -> QuantizedActivation:
-        """Room for [rows, columns], not initialised."""
+        """Room for [rows, columns], not initialised; behind the codes, up to a multiple of ROOM."""
+        codes = torch.empty(rows + -rows % ROOM, columns, dtype=torch.int8, device=device)
         return cls(
-            codes=torch.empty(rows, columns, dtype=torch.int8, device=device),
+            codes=codes[:rows],
             scale=torch.empty(rows, dtype=torch.float32, device=device),
             row_sum=torch.empty(rows, dtype=torch.int32, device=device),
         )

@@ -29,6 +29,9 @@ MAX_COLUMNS = 65536
 INBOX_OUTPUTS = 256 * 8192
 """Of a GEMM that goes on with a norm, at most."""
 
+TOKENS_WORTH_ROOM = 64
+"""Tiles of fewer tokens lose little where a matrix ends, and would have much to read behind one token."""
+
 
 @dataclass(frozen=True)
 class CudaWeight:
@@ -226,7 +229,7 @@ def _large(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launc
     tiles = -(-len(out) // tile.tokens) * -(-weight.shape[0] // (tile.rows * tile.cluster))
     whole = _whole_tiles(tiles, clusters, tile, weight.shape[1])
     used = min(clusters, tiles if whole == tiles else max(whole, 2 * (tiles - whole)))
-    token_map = tensor_map(codes, (tile.tokens // tile.cluster, BLOCK))
+    token_map = tensor_map(_with_room(codes, tile), (tile.tokens // tile.cluster, BLOCK))
     output_map = tensor_map(out, (64, SLAB_ROWS))
     return _Launch((used * tile.cluster,), (token_map, output_map), (whole,))
 
@@ -244,7 +247,21 @@ def _small_grid(tile: Tile, rows: int, tokens: int) -> tuple[int, int]:
 
 def _small(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
     grid = _small_grid(tile, weight.shape[0], len(out))
-    return _Launch(grid, (tensor_map(codes, (tile.tokens, BLOCK)),), (out,))
+    return _Launch(grid, (tensor_map(_with_room(codes, tile), (tile.tokens, BLOCK)),), (out,))
+
+
+def _with_room(codes: Tensor, tile: Tile) -> Tensor:
+    """The codes, and what lies behind them up to a whole tile, as far as their storage goes.
+
+    What is made of it is never stored. But where a matrix ends the copy engine fills in zeros, which
+    takes it longer than to read: 257 tokens took up to two thirds longer than 384 (docs/kernels.md).
+    """
+    rows, columns = codes.shape
+    if tile.tokens < TOKENS_WORTH_ROOM or rows % tile.tokens == 0:
+        return codes
+    behind = codes.untyped_storage().nbytes() - codes.storage_offset() - codes.numel()
+    rows += min(-rows % tile.tokens, behind // columns)
+    return codes.as_strided((rows, columns), (columns, 1))
 
 
 def _portable(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
