@@ -156,8 +156,11 @@ def _check_integer(
 ) -> None:
     if optional and value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} must be an integer of at least {low}, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        bound = f"at least {low}" if value < low else f"at most {high}"
+        raise RequestError(f"{name} must be {bound}, got {value!r}")
 
 
 def _check_real(name: str, value: object, low: float, high: float, above: bool = False) -> None:
