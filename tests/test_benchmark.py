@@ -174,6 +174,7 @@ def test_a_step_lasts_from_one_drawing_of_tokens_to_the_next() -> None:
     [
         ("w4a8_gemm_small", "GEMM"),
         ("decode_combine", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_traits<64, cutlass::half_t>>", "attention"),
         ("rope_append", "append"),
         ("silu_mul_quantize", "producers"),
         ("nvjet_sm90_hsh_256x8_64x6_2x1_v_bz_TNT", "lm_head"),

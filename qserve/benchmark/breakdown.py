@@ -20,7 +20,7 @@ LAST_OF_STEP = "draw_tokens"
 
 PARTS = {
     "GEMM": ("w4a8_gemm",),
-    "attention": ("decode_attention", "decode_combine", "decode_plan"),
+    "attention": ("decode_attention", "decode_combine", "decode_plan", "page_gather", "flash_fwd"),
     "append": ("rope_append",),
     "producers": ("rms_norm", "silu_mul", "quantize_per_token"),
     "lm_head": ("gemm", "nvjet", "cutlass", "gemv", "splitKreduce"),
