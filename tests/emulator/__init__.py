@@ -22,11 +22,12 @@ from qserve.kernels import jit
 from qserve.kernels.jit import Kernel
 
 HERE = Path(__file__).parent
-COMPILE = ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
+COMPILE = ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
 ENTRY = """
 extern "C" const char* launch(const void* const* parameters, unsigned x, unsigned y, unsigned z,
-                              int threads, unsigned seed, int longest_copy) {{
-  return run_grid({{x, y, z}}, threads, seed, longest_copy, bind({entry}, parameters));
+                              int threads, unsigned seed, int longest_copy, bool side_by_side) {{
+  return run_grid({{x, y, z}}, threads, seed, longest_copy, side_by_side,
+                  bind({entry}, parameters));
 }}
 """
 
@@ -38,12 +39,14 @@ class EmulationError(RuntimeError):
 class Emulator:
     """Compiles kernels into `directory` and runs them.
 
-    seed: of the schedule. longest_copy: steps of the schedule that a copy may take.
+    seed: of the schedule. longest_copy: steps of the schedule that a copy may take. side_by_side: the
+    blocks of a grid run at the same time.
     """
 
     def __init__(self, directory: Path) -> None:
         self.seed = 0
         self.longest_copy = 2000
+        self.side_by_side = False
         self._directory = directory
         self._libraries: dict[int, tuple[Kernel, ctypes.CDLL]] = {}
         self.sources = directory / "csrc"
@@ -61,7 +64,8 @@ class Emulator:
         )
         size = (*grid, 1, 1)[:3]
         library = self._library(kernel)
-        error = library.launch(parameters, *size, kernel.threads, self.seed, self.longest_copy)
+        schedule = (self.seed, self.longest_copy, self.side_by_side)
+        error = library.launch(parameters, *size, kernel.threads, *schedule)
         if error is not None:
             raise EmulationError(f"{kernel}: {error.decode()}")
 

@@ -7,8 +7,8 @@ struct TensorMap {
   uint64 element_bytes, rows, columns, box_rows, unused[11];
 };
 
-inline std::deque<std::vector<uint8>> boxes;  // read by loads that have yet to land
-inline std::array<std::deque<std::function<void()>>, 1024> stores;  // by thread
+inline thread_local std::deque<std::vector<uint8>> boxes;  // read by loads that have yet to land
+inline thread_local std::array<std::deque<std::function<void()>>, 1024> stores;  // by thread
 
 DEVICE uint32 swizzled(uint32 address) { return address ^ (address >> 3 & 0x70); }
 
@@ -57,5 +57,6 @@ void tensor_store_wait_read() {
   for (; own.size() > PENDING; own.pop_front()) own.front()();
 }
 
+DEVICE void prefetch(const void*, uint32) {}
 DEVICE void tensor_store_wait() { tensor_store_wait_read<0>(); }
 DEVICE void fence_for_copy_engine() {}

@@ -78,6 +78,18 @@ DEVICE uint4 load_relaxed_16(const void* address) {
   return *static_cast<const uint4*>(address);
 }
 
+DEVICE int load_acquire_block(const int* counter) {
+  emulator::runnable.push_back(emulator::current);
+  emulator::leave();
+  return *counter;
+}
+
+DEVICE int load_acquire_grid(const int* counter) { return load_acquire_block(counter); }
+DEVICE void add_release_block(int* counter, int value) { *counter += value; }
+DEVICE void add_release_grid(int* counter, int value) { atomicAdd(counter, value); }
+DEVICE int add_ordered_grid(int* counter, int value) { return atomicAdd(counter, value); }
+DEVICE void __nanosleep(uint32) {}
+
 DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
   *static_cast<uint2*>(address) = {a, b};
 }

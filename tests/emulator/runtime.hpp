@@ -1,7 +1,7 @@
 // CUDA's execution model on one CPU thread, for kernels that are to be tested without a GPU.
 //
 // The threads of a block are fibers, which run in a random order and change at every operation that
-// waits. Warp-wide operations wait for all 32 lanes. Copies to shared memory land late and in any
+// waits. Blocks run one after the other, or in threads of the CPU. Warp-wide operations wait for all 32 lanes. Copies to shared memory land late and in any
 // order; until then their target reads as 0xFF. A deadlock, lanes that meet in different operations
 // and barriers that are misused end the launch with a message.
 #pragma once
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -17,15 +18,17 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #define __device__
 #define __global__
-#define __shared__
+#define __shared__ thread_local
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -51,9 +54,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-inline Index blockIdx, gridDim;
+inline thread_local Index blockIdx;
+inline Index gridDim;
 inline constexpr size_t SHARED_LIMIT = 232448;
-alignas(1024) inline unsigned char shared_memory[SHARED_LIMIT];
+alignas(1024) inline thread_local unsigned char shared_memory[SHARED_LIMIT];
 
 namespace emulator {
 
@@ -93,22 +97,27 @@ struct Multiplies {  // of a warpgroup, by groups that were committed, and of th
   std::vector<std::function<void()>> open;
 };
 
-inline Fiber* current;
-inline ucontext_t scheduler;
-inline std::vector<std::unique_ptr<Fiber>> fibers;
-inline std::vector<Fiber*> runnable;
-inline std::array<Meeting, 32> warps;
-inline std::array<Meeting, 8> warpgroups;
-inline std::array<Multiplies, 8> multiplies;
-inline std::array<Meeting, 16> named_barriers;
-inline Meeting block;
-inline std::map<unsigned, Barrier> barriers;
-inline std::vector<Copy> copies;
+// Of the grid.
 inline std::function<void()> kernel;
-inline std::mt19937 random;
-inline std::string error;
-inline long now;
-inline int finished, block_threads, longest_copy;
+inline int longest_copy;
+inline std::atomic<bool> failed;
+
+// Of a block, which runs in a thread of the CPU.
+inline thread_local Fiber* current;
+inline thread_local ucontext_t scheduler;
+inline thread_local std::vector<std::unique_ptr<Fiber>> fibers;
+inline thread_local std::vector<Fiber*> runnable;
+inline thread_local std::array<Meeting, 32> warps;
+inline thread_local std::array<Meeting, 8> warpgroups;
+inline thread_local std::array<Multiplies, 8> multiplies;
+inline thread_local std::array<Meeting, 16> named_barriers;
+inline thread_local Meeting block;
+inline thread_local std::map<unsigned, Barrier> barriers;
+inline thread_local std::vector<Copy> copies;
+inline thread_local std::mt19937 random;
+inline thread_local std::string error;
+inline thread_local long now;
+inline thread_local int finished, block_threads;
 
 inline void leave() { swapcontext(&current->context, &scheduler); }
 
@@ -238,7 +247,7 @@ inline void run_block(int threads) {
   runnable.clear(), copies.clear(), barriers.clear();
   std::memset(shared_memory, 0xFF, SHARED_LIMIT);
   for (int thread = 0; thread < threads; thread++) create_fiber(thread);
-  while (finished < threads && error.empty()) {
+  while (finished < threads && error.empty() && !failed) {
     now++;
     land_due_copies();
     if (!runnable.empty()) {
@@ -251,21 +260,39 @@ inline void run_block(int threads) {
             })->due;
     }
   }
-  if (error.empty() && !copies.empty()) error = "copies outlive the block";
+  if (error.empty() && !failed && !copies.empty()) error = "copies outlive the block";
+}
+
+inline std::mutex reporting;
+inline std::string report;
+
+inline void run_block_of_grid(Index where, int threads, unsigned seed) {
+  blockIdx = where, error.clear();
+  random.seed(seed + where.x + gridDim.x * (where.y + gridDim.y * where.z));
+  run_block(threads);
+  if (error.empty()) return;
+  const std::lock_guard lock(reporting);
+  if (!failed.exchange(true)) report = error;
 }
 
 }  // namespace emulator
 
-// Runs every block of a grid; returns what went wrong, or null.
+// Runs every block of a grid, one after the other or all at the same time; returns what went wrong,
+// or null.
 inline const char* run_grid(Index grid, int threads, unsigned seed, int longest_copy,
-                            const std::function<void()>& kernel) {
-  emulator::kernel = kernel, emulator::error.clear(), emulator::random.seed(seed);
-  emulator::longest_copy = longest_copy, gridDim = grid;
-  for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
-      for (blockIdx.x = 0; blockIdx.x < grid.x && emulator::error.empty(); blockIdx.x++)
-        emulator::run_block(threads);
-  return emulator::error.empty() ? nullptr : emulator::error.c_str();
+                            bool side_by_side, const std::function<void()>& kernel) {
+  emulator::kernel = kernel, emulator::longest_copy = longest_copy, emulator::failed = false;
+  gridDim = grid;
+  std::vector<std::thread> running;
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x && !emulator::failed; x++)
+        if (side_by_side)
+          running.emplace_back(emulator::run_block_of_grid, Index{x, y, z}, threads, seed);
+        else
+          emulator::run_block_of_grid({x, y, z}, threads, seed);
+  for (std::thread& block : running) block.join();
+  return emulator::failed ? emulator::report.c_str() : nullptr;
 }
 
 // A call of `kernel` with the parameters that `table` points to.
@@ -337,8 +364,7 @@ T __ldg(const T* address) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
-  *address += value;
-  return *address - value;
+  return std::atomic_ref(*address).fetch_add(value);
 }
 
 template <class T>
@@ -357,11 +383,15 @@ T __shfl_up_sync(unsigned, T value, unsigned delta) {
   return emulator::shuffle("shfl.up", value, lane < delta ? lane : lane - delta);
 }
 
-inline bool __any_sync(unsigned, bool predicate) {
-  return emulator::warp_wide("any", {predicate}, [](const emulator::Lanes& lanes, int) {
-    return emulator::Words{std::any_of(lanes.begin(), lanes.end(), [](auto& w) { return w[0]; })};
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  return emulator::warp_wide("vote", {predicate}, [](const emulator::Lanes& lanes, int) {
+    emulator::Words ballot = {};
+    for (int lane = 0; lane < 32; lane++) ballot[0] |= lanes[lane][0] << lane;
+    return ballot;
   })[0];
 }
+
+inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate); }
 
 inline void __syncwarp() {
   emulator::warp_wide("syncwarp", {},

@@ -50,8 +50,8 @@ void multiply_now(const std::array<Sum*, WARPGROUP>& d, const Registers& a, uint
 
 template <class A, class B, class Sum, int N>
 void wgmma_of(Sum (&d)[N], const std::array<uint32, 4>& own, uint64 b, bool accumulate) {
-  static std::array<Sum*, WARPGROUP> sums[8];
-  static Registers registers[8];
+  static thread_local std::array<Sum*, WARPGROUP> sums[8];
+  static thread_local Registers registers[8];
   const int group = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
   sums[group][thread] = d, registers[group][thread] = own;
   emulator::meet(emulator::warpgroups[group], "wgmma", WARPGROUP, [&] {
