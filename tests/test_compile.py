@@ -57,7 +57,7 @@ def test_every_gemm_tile_compiles_soundly(arch: str, kind: str) -> None:
 
 
 def test_gemms_with_a_norm_compile_soundly() -> None:
-    kernels = norm_variants("sm_90a")[5::6]  # of 4096 columns, after groups of 128
+    kernels = norm_variants("sm_90a")[4::5]  # every tile; formats and lengths of rows alternate
     require_sound(inspect(kernels, "sm_90a"))
     if HAS_DISASSEMBLER:
         require_no_hazards(kernels, "sm_90a")

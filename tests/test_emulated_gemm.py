@@ -97,13 +97,16 @@ def test_few_tokens(
         assert is_exact(Tile("small", 128, tokens), quantized(torch.randn(n, k), weight_format), m)
 
 
-def assert_norm_takes_outputs(tokens: int) -> None:
-    """One block does row after row, and leaves the inbox empty for the next launch."""
-    weight = CudaWeight._repack(quantized(torch.randn(128, 256), "group128"))
-    x, residual = quantize_activation(torch.randn(tokens, 256)), torch.randn(tokens, 128).half()
-    gain = torch.rand(128) + 0.5
+def assert_norm_takes_outputs(tile: Tile, rows: int, columns: int, tokens: int) -> None:
+    """Blocks share out the rows, and leave all as it was for the next launch."""
+    weight = CudaWeight._repack(quantized(torch.randn(rows, columns), "group128"))
+    x, residual = (
+        quantize_activation(torch.randn(tokens, columns)),
+        torch.randn(tokens, rows).half(),
+    )
+    gain = torch.rand(rows) + 0.5
     found, total = linear_rms_norm_quantize(
-        x, weight, None, torch.float16, gain, 1e-5, residual, Tile("small", 128, 16)
+        x, weight, None, torch.float16, gain, 1e-5, residual, tile
     )
     product = quantized_linear(x, weight, None, torch.float16)
     expected, expected_total = rms_norm_quantize(product, gain, 1e-5, residual)
@@ -111,15 +114,44 @@ def assert_norm_takes_outputs(tokens: int) -> None:
     assert (found.codes.int() - expected.codes.int()).abs().max() <= 1
     assert torch.equal(found.row_sum, found.codes.sum(1, dtype=torch.int32))
     torch.testing.assert_close(found.scale, expected.scale)
-    assert (weight.inbox == -1).all()
+    assert (weight.inbox == -1).all() and (weight.progress == 0).all()
+
+
+@pytest.fixture
+def side_by_side(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run at the same time, as those of a launch that goes on with a norm must."""
+    monkeypatch.setattr(emulator, "side_by_side", True)
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("side_by_side")
 def test_a_norm_takes_outputs_as_they_come(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(emulator, "seed", seed)
-    assert_norm_takes_outputs(1 + 2 * seed)
+    assert_norm_takes_outputs(Tile("small", 128, 16), 192, 256, 1 + 2 * seed)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "shape"),
+    [
+        (128, 128, (256, 256, 5)),
+        (128, 128, (384, 128, 300)),
+        (128, 256, (192, 384, 513)),
+        (256, 128, (320, 128, 257)),
+    ],
+)
+@pytest.mark.usefixtures("side_by_side")
+def test_a_norm_takes_outputs_of_many_tokens(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    tokens: int,
+    shape: tuple[int, int, int],
+) -> None:
+    """Three tiles of a token tile for two blocks; outputs that do not fill a tile; one row and many."""
+    monkeypatch.setattr(emulator, "seed", shape[0])
+    assert_norm_takes_outputs(Tile("large", rows, tokens), *shape)
 
 
 @contextmanager
@@ -134,13 +166,31 @@ def planted(source: Path, sound: str, faulty: str) -> Iterator[None]:
         source.write_text(text)
 
 
+SMALL, LARGE = Tile("small", 128, 16), Tile("large", 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("tile", "file", "sound", "faulty"),
+    [
+        (SMALL, "tail_small.cuh", "while (!all);", "while (false);"),
+        (LARGE, "tail_large.cuh", "load_acquire_grid(&stored[own]) >= halves", "true"),
+        (LARGE, "tail_large.cuh", "load_acquire_block(&confirmed) <", "0 >"),
+    ],
+    ids=["for outputs", "for tiles of other blocks", "for its own tile"],
+)
+@pytest.mark.usefixtures("side_by_side")
 def test_a_norm_that_does_not_wait_is_caught(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    tile: Tile,
+    file: str,
+    sound: str,
+    faulty: str,
 ) -> None:
     monkeypatch.setattr(gemm_cuda, "gemm_kernel", gemm_kernel.__wrapped__)
-    fault = planted(emulator.sources / "tail.cuh", "while (!all);", "while (false);")
+    fault = planted(emulator.sources / file, sound, faulty)
     with fault, pytest.raises(AssertionError):
-        assert_norm_takes_outputs(3)
+        assert_norm_takes_outputs(tile, 384, 512, 3)  # of three tiles, one block makes two
 
 
 def is_exact(tile: Tile, weight: QuantizedWeight, tokens: int) -> bool:
@@ -159,5 +209,5 @@ def test_a_stage_released_under_a_multiply_is_caught(
 ) -> None:
     monkeypatch.setattr(gemm_cuda, "gemm_kernel", gemm_kernel.__wrapped__)
     weight = quantized(torch.randn(128, 1024), "group128")
-    with planted(emulator.sources / "w4a8_gemm_large_sm90.cu", "wgmma_wait<1>();", ""):
+    with planted(emulator.sources / "w4a8_gemm_large_sm90.cuh", "wgmma_wait<1>();", ""):
         assert not is_exact(Tile("large", 128, 256), weight, 256)

@@ -23,7 +23,9 @@ from qserve.testing.launches import count_launches
 pytestmark = pytest.mark.gpu
 
 SMALL_TILES = [tile for tile in tiles_for("sm_90a") if tile.kind == "small"]
+LARGE_TILES = [tile for tile in tiles_for("sm_90a") if tile.kind == "large"]
 EPS = 1e-5
+DTYPE = torch.bfloat16
 
 
 def prepare(rows: int, columns: int, group_size: int) -> CudaWeight:
@@ -54,6 +56,22 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def assert_bits_of_two_launches(
+    weight: CudaWeight, tokens: int, gain: Tensor, dtype: torch.dtype, tile: Tile
+) -> None:
+    rows, columns = weight.shape
+    x, residual = make_activation(tokens, columns), torch.randn(tokens, rows).cuda().to(dtype)
+    product = weight.apply_tile(x, None, dtype, tile)
+    expected, expected_total = rms_norm_quantize(product, gain, EPS, residual)
+    for _ in range(2):  # what blocks share is as it was
+        out, total = gemm_norm_cuda.linear_rms_norm_quantize(
+            x, weight, None, dtype, gain, EPS, residual, tile
+        )
+        assert torch.equal(total, expected_total), (rows, tokens)
+        assert_same(out, expected)
+        assert bool((weight.inbox == -1).all() and (weight.progress == 0).all())
+
+
 @pytest.mark.parametrize("tile", SMALL_TILES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_small_tile(tile: Tile, dtype: torch.dtype) -> None:
@@ -61,26 +79,28 @@ def test_every_small_tile(tile: Tile, dtype: torch.dtype) -> None:
         weight = prepare(rows, columns, 128)
         gain = (torch.rand(rows, device="cuda") + 0.5).to(dtype)
         for tokens in (1, 5, tile.tokens, 2 * tile.tokens + 37):
-            x = make_activation(tokens, columns)
-            residual = torch.randn(tokens, rows, device="cuda").to(dtype)
-            product = weight.apply_tile(x, None, dtype, tile)
-            expected, expected_total = rms_norm_quantize(product, gain, EPS, residual)
-            for _ in range(2):  # the inbox is empty again
-                out, total = gemm_norm_cuda.linear_rms_norm_quantize(
-                    x, weight, None, dtype, gain, EPS, residual, tile
-                )
-                assert torch.equal(total, expected_total), (rows, tokens)
-                assert_same(out, expected)
-                assert bool((weight.inbox == -1).all())
+            assert_bits_of_two_launches(weight, tokens, gain, dtype, tile)
+
+
+@pytest.mark.parametrize("tile", LARGE_TILES, ids=str)
+@pytest.mark.parametrize(("group_size", "gain_dtype"), [(128, DTYPE), (-1, torch.float32)])
+def test_every_large_tile(tile: Tile, group_size: int, gain_dtype: torch.dtype) -> None:
+    """Waves of every fullness, the last one split along K where the tile can be; odd sizes."""
+    for rows, columns in ((2048, 384), (4096, 1024), (5184, 640), (8192, 512)):
+        weight = prepare(rows, columns, group_size)
+        gain = (torch.rand(rows, device="cuda") + 0.5).to(gain_dtype)
+        for tokens in (1, 257, 300, 1000, 1025, 4096):
+            assert_bits_of_two_launches(weight, tokens, gain, DTYPE, tile)
 
 
 def chain(
-    x: QuantizedActivation, weight: CudaWeight, gain: Tensor, residual: Tensor, fused: bool
+    x: QuantizedActivation, weight: CudaWeight, gain: Tensor, residual: Tensor, tile: Tile | None
 ) -> tuple[QuantizedActivation, Tensor]:
+    """tile: of the launches that do both."""
     for _ in range(40):
-        if fused:
+        if tile is not None:
             x, residual = gemm_norm_cuda.linear_rms_norm_quantize(
-                x, weight, None, torch.float16, gain, EPS, residual
+                x, weight, None, torch.float16, gain, EPS, residual, tile
             )
         else:
             product = quantized_linear(x, weight, None, torch.float16)
@@ -88,23 +108,33 @@ def chain(
     return x, residual
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_launches_in_a_row_and_graph_replays(tokens: int) -> None:
-    """Each launch starts while the one before still runs, with the same inbox."""
+@pytest.mark.parametrize(
+    ("tokens", "tile"),
+    [
+        (1, Tile("small", 64, 16, cluster=2, interleave=4)),
+        (7, Tile("small", 64, 16, cluster=2, interleave=4)),
+        (64, Tile("small", 64, 64, cluster=2, interleave=2)),
+        (513, Tile("large", 128, 128)),
+        (3000, Tile("large", 128, 256, cluster=2)),
+    ],
+)
+def test_launches_in_a_row_and_graph_replays(tokens: int, tile: Tile) -> None:
+    """Each launch starts while the one before still runs, and shares memory with it."""
     weight, gain = prepare(1024, 1024, 128), torch.rand(1024, device="cuda") / 64
     x, residual = make_activation(tokens, 1024), torch.randn(tokens, 1024, device="cuda").half()
-    chain(x, weight, gain, residual, fused=True)
+    chain(x, weight, gain, residual, tile)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = chain(x, weight, gain, residual, fused=True)
+        found = chain(x, weight, gain, residual, tile)
     for _ in range(3):
         fresh = make_activation(tokens, 1024)
         for captured, new in zip(vars(x).values(), vars(fresh).values(), strict=True):
             captured.copy_(new)
         graph.replay()
-        expected = chain(x, weight, gain, residual, fused=False)
+        expected = chain(x, weight, gain, residual, None)
         assert torch.equal(found[1], expected[1])
         assert_same(found[0], expected[0])
+    assert bool((weight.inbox == -1).all() and (weight.progress == 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -120,11 +150,12 @@ def test_outputs_that_are_no_numbers_are_outputs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, product + residual, rtol=0, atol=0, equal_nan=True)
 
 
-def test_one_launch_or_two() -> None:
-    weight = prepare(4096, 1024, -1)
-    gain = torch.ones(4096, device="cuda").half()
-    for tokens, launches in ((1, 1), (33, 1), (128, 1), (2048, 2)):
-        x, residual = make_activation(tokens, 1024), torch.zeros(tokens, 4096).cuda().half()
+@pytest.mark.parametrize("rows", [4096, 1024])
+def test_one_launch_or_two(rows: int) -> None:
+    weight, gain = prepare(rows, 1024, -1), torch.ones(rows, device="cuda").half()
+    for tokens, fits in ((1, True), (33, True), (128, True), (1024, False), (4096, True)):
+        launches = 1 if fits and rows == 4096 else 2
+        x, residual = make_activation(tokens, 1024), torch.zeros(tokens, rows).cuda().half()
         with count_launches() as launched:
             linear_rms_norm_quantize(x, weight, None, torch.float16, gain, EPS, residual)
         assert len(launched) == launches
@@ -159,7 +190,7 @@ def make_layer(hidden: int, intermediate: int) -> DecoderLayer:
     )
 
 
-@pytest.mark.parametrize(("tokens", "per_layer"), [(1, 5), (64, 5), (2048, 7)])
+@pytest.mark.parametrize(("tokens", "per_layer"), [(1, 5), (64, 5), (1024, 7), (4096, 5)])
 def test_launches_of_a_decoder_layer(tokens: int, per_layer: int) -> None:
     """Attention aside; the first norm has no GEMM before it, the last GEMM no quantized norm after."""
     layers = [make_layer(2048, 1536) for _ in range(3)]

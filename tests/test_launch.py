@@ -18,7 +18,7 @@ from qserve.formats.activation import QuantizedActivation, quantize_activation
 from qserve.formats.weight import W8Weight
 from qserve.kernels import OpError, gemm_cuda, jit, tensor_map
 from qserve.kernels.gemm_cuda import CudaWeight, pack_blocks
-from qserve.kernels.gemm_norm_cuda import fuses, linear_rms_norm_quantize
+from qserve.kernels.gemm_norm_cuda import fuses, has_room, linear_rms_norm_quantize
 from qserve.kernels.gemm_variants import Policy
 from qserve.kernels.jit import Kernel, KernelError
 from qserve.kernels.producers_cuda import silu_mul_quantize
@@ -129,6 +129,7 @@ def int8_weight(rows: int, columns: int) -> CudaWeight:
         (rows, columns),
         Device("x", "sm_90a", 132),
         gemm_cuda._inbox(torch.device("cpu")),
+        gemm_cuda._progress(torch.device("cpu")),
     )
 
 
@@ -188,11 +189,10 @@ def test_tokens_are_read_up_to_a_whole_tile_where_there_is_room() -> None:
     assert read["part", wide].data_ptr() == tight[7].data_ptr()
 
 
-@pytest.mark.parametrize(("tokens", "workers"), [(1, 1), (33, 32), (200, 128), (300, 66)])
-def test_a_gemm_goes_on_with_a_norm(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, tokens: int, workers: int
-) -> None:
-    prepared, tile = int8_weight(4096, 128), Tile("small", 128, 64)
+def launch_with_norm(
+    monkeypatch: pytest.MonkeyPatch, prepared: CudaWeight, tile: Tile, tokens: int
+) -> tuple[Kernel, tuple[int, ...], list[Any]]:
+    """The kernel, its grid, and what it is given after the norm's fields, which are in their place."""
     x = quantize_activation(torch.randn(tokens, 128))
     residual, gain = torch.randn(tokens, 4096).half(), torch.ones(4096)
     with recorded_launches(monkeypatch) as seen:
@@ -201,11 +201,36 @@ def test_a_gemm_goes_on_with_a_norm(
         )
     ((kernel, _, grid, arguments),) = seen
     assert_packs(kernel, arguments)
-    assert kernel.entry == "w4a8_gemm_small_norm" and grid == (32, -(-tokens // 64))
     fields = (residual, gain, total, 1e-5, out.codes, out.scale, out.row_sum)
-    assert all(a is b for a, b in zip(arguments[-8:-1], fields, strict=True))
-    assert arguments[-9].data_ptr() == prepared.inbox.data_ptr()
-    assert arguments[-1] == workers  # rows, blocks, blocks, half of the multiprocessors
+    first = next(i for i, argument in enumerate(arguments) if argument is residual)
+    assert all(a is b for a, b in zip(arguments[first:], fields, strict=False))
+    return kernel, grid, [arguments[first - 1], *arguments[first + len(fields) :]]
+
+
+@pytest.mark.parametrize(("tokens", "workers"), [(1, 1), (33, 32), (200, 128), (300, 66)])
+def test_a_gemm_of_few_tokens_goes_on_with_a_norm(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, tokens: int, workers: int
+) -> None:
+    prepared, tile = int8_weight(4096, 128), Tile("small", 128, 64)
+    kernel, grid, others = launch_with_norm(monkeypatch, prepared, tile, tokens)
+    assert kernel.entry == "w4a8_gemm_small_norm" and grid == (32, -(-tokens // 64))
+    assert others[0].data_ptr() == prepared.inbox.data_ptr()
+    assert others[1:] == [workers]  # rows, blocks, blocks, half of the multiprocessors
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_a_gemm_of_many_tokens_goes_on_with_a_norm(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, cluster: int
+) -> None:
+    """With all blocks that the GPU holds, since all take rows."""
+    prepared, tile = int8_weight(4096, 128), Tile("large", 128, 256, cluster)
+    kernel, grid, (whole_tiles, product, progress) = launch_with_norm(
+        monkeypatch, prepared, tile, 300
+    )
+    assert kernel.entry == "w4a8_gemm_large_norm" and grid == (132,)
+    assert whole_tiles == 64 // cluster
+    assert product.shape == (300, 4096) and product.dtype == torch.float16
+    assert progress is prepared.progress and kernel.constants["TILE_GROUP"] == 4
 
 
 @pytest.mark.parametrize(("rows", "early"), [(8, True), (9, False)])
@@ -219,9 +244,20 @@ def test_many_rows_of_silu_wait_for_the_gemm(
 
 def test_a_norm_goes_with_batches_that_a_launch_can_share_out() -> None:
     prepared, narrow = int8_weight(4096, 128), int8_weight(576, 128)
-    x = {tokens: quantize_activation(torch.randn(tokens, 128)) for tokens in (0, 1, 64, 128, 512)}
-    assert [tokens for tokens in x if fuses(x[tokens], prepared)] == [1, 64, 128]
+    x = {
+        tokens: quantize_activation(torch.randn(tokens, 128))
+        for tokens in (0, 1, 64, 128, 2048, 4096)
+    }
+    assert [tokens for tokens in x if fuses(x[tokens], prepared)] == [1, 64, 128, 4096]
     assert not fuses(x[1], narrow)
+
+
+def test_a_norm_goes_with_no_more_tokens_than_a_launch_has_room_for() -> None:
+    assert has_room(512, 4096, Tile("small", 128, 64))
+    assert not has_room(513, 4096, Tile("small", 128, 64))
+    assert has_room(4094 * 128, 4096, Tile("large", 128, 128))
+    assert not has_room(4094 * 128 + 1, 4096, Tile("large", 128, 128))
+    assert not has_room(1, 4096, Tile("portable", 64, 64, interleave=2))
 
 
 def test_a_norm_of_other_sizes_is_refused() -> None:
@@ -232,6 +268,9 @@ def test_a_norm_of_other_sizes_is_refused() -> None:
         linear_rms_norm_quantize(x, prepared, None, torch.float16, gain[1:], 1e-5, residual)
     with pytest.raises(OpError, match=r"residual must be torch\.float16"):
         linear_rms_norm_quantize(x, prepared, None, torch.float16, gain, 1e-5, residual.float())
+    with pytest.raises(OpError, match=r"40 tokens are too many for Tile\(kind='portable'"):
+        tile = Tile("portable", 64, 64, interleave=2)
+        linear_rms_norm_quantize(x, prepared, None, torch.float16, gain, 1e-5, residual, tile)
     with pytest.raises(OpError, match="residual must be contiguous"):
         strided = torch.randn(4096, 40).half().T
         linear_rms_norm_quantize(x, prepared, None, torch.float16, gain, 1e-5, strided)

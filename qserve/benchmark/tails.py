@@ -12,11 +12,11 @@ from qserve.benchmark.workloads import FAMILIES, activation, cuda_copies, random
 from qserve.formats.activation import QuantizedActivation
 from qserve.kernels import quantized_linear, rms_norm_quantize, silu_mul_quantize
 from qserve.kernels.gemm_cuda import CudaWeight
-from qserve.kernels.gemm_norm_cuda import linear_rms_norm_quantize
+from qserve.kernels.gemm_norm_cuda import has_room, linear_rms_norm_quantize
 from qserve.testing.launches import without_overlap
 from qserve.testing.timing import Call, Timing, time_interleaved
 
-TOKENS = (1, 4, 16, 64, 128, 256)
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPE = torch.bfloat16
 EPS = 1e-5
 GROUP_SIZE = 128
@@ -75,7 +75,7 @@ def _time(linear: str, x: QuantizedActivation, weights: list[CudaWeight]) -> Tai
         return [partial(call, weight) for weight in weights]
 
     peers = {"two": calls(two), "two_waiting": calls(two_waiting)}
-    if with_norm and weights[0].tile_for(tokens).kind == "small":
+    if with_norm and has_room(tokens, rows, weights[0].tile_for(tokens)):
         peers["one"] = calls(one)
     times = time_interleaved(peers)
     return TailRow(linear, tokens, times.get("one"), times["two"], times["two_waiting"])

@@ -85,8 +85,8 @@ def gemm_variants(arch: str) -> list[Kernel]:
 
 
 def norm_variants(arch: str) -> list[Kernel]:
-    """The GEMMs for few tokens that go on with a norm."""
-    tiles = [tile for tile in tiles_for(arch) if tile.kind == "small"]
+    """The GEMMs that go on with a norm."""
+    tiles = [tile for tile in tiles_for(arch) if tile.kind in ("small", "large")]
     choices = itertools.product(tiles, POLICIES[:3], (2048, 4096, 8192))
     return [gemm_kernel(tile, policy, True, Norm(n, False)) for tile, policy, n in choices]
 

@@ -17,7 +17,14 @@ from torch.nn.functional import pad
 from qserve.formats import layout
 from qserve.formats.activation import QuantizedActivation
 from qserve.formats.weight import QuantizedWeight, W4Weight
-from qserve.kernels.gemm_variants import BLOCK, SLAB_ROWS, Norm, Policy, gemm_kernel
+from qserve.kernels.gemm_variants import (
+    BLOCK,
+    MOST_TOKEN_TILES,
+    SLAB_ROWS,
+    Norm,
+    Policy,
+    gemm_kernel,
+)
 from qserve.kernels.jit import device_arch
 from qserve.kernels.op import OpError
 from qserve.kernels.tensor_map import tensor_map
@@ -27,7 +34,7 @@ MAX_COLUMNS = 65536
 """Up to here no sum of 8-bit products leaves int32."""
 
 INBOX_OUTPUTS = 256 * 8192
-"""Of a GEMM that goes on with a norm, at most."""
+"""Of a GEMM of few tokens that goes on with a norm, at most."""
 
 TOKENS_WORTH_ROOM = 64
 """Tiles of fewer tokens lose little where a matrix ends, and would have much to read behind one token."""
@@ -38,9 +45,12 @@ class CudaWeight:
     """A 4- or 8-bit weight on a GPU.
 
     packed: uint8, blocks of 128 x 128 (see csrc/weight.cuh). scale: float32 [N padded].
-    zero: float32 [N padded] of per-channel 4-bit weights, else None. inbox: int16 [INBOX_OUTPUTS], all
-    -1 between launches, for the outputs that a norm takes up in the same launch (csrc/tail.cuh); one for
-    all weights of a GPU, on which such launches therefore may not run side by side.
+    zero: float32 [N padded] of per-channel 4-bit weights, else None.
+
+    What GEMMs that go on with a norm need between their blocks, one for all weights of a GPU, on which
+    such launches therefore may not run side by side:
+    inbox: int16 [INBOX_OUTPUTS], all -1 between launches, for few tokens' outputs (csrc/tail_small.cuh).
+    progress: int32 [2 + MOST_TOKEN_TILES], all 0 between launches, of many tokens (csrc/tail_large.cuh).
     """
 
     packed: Tensor
@@ -50,6 +60,7 @@ class CudaWeight:
     shape: tuple[int, int]
     device: Device
     inbox: Tensor
+    progress: Tensor
     _tiles: dict[int, Tile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -77,8 +88,9 @@ class CudaWeight:
         else:
             scale, zero = weight.s1_scales.float(), _pad_rows(weight.zeros())
             policy = Policy(fractional_zeros=bool((zero != zero.round()).any()))
-        device, inbox = _device(packed.device), _inbox(packed.device)
-        return cls(packed, _pad_rows(scale), zero, policy, weight.shape, device, inbox)
+        where = packed.device
+        shared = _device(where), _inbox(where), _progress(where)
+        return cls(packed, _pad_rows(scale), zero, policy, weight.shape, *shared)
 
     def apply(self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """[M, N] in `out_dtype`, float16 or bfloat16."""
@@ -114,17 +126,23 @@ class CudaWeight:
         norm: Norm,
         norm_fields: tuple[object, ...],
     ) -> None:
-        """As `apply_tile`, but a norm takes the outputs; tile: of kind "small".
+        """As `apply_tile`, but a norm takes the outputs; tile: of kind "small" or "large".
 
         norm_fields: those of `Norm` and `Quantized` of csrc/rows.cuh.
         """
         bias = self._admit(x, bias, out_dtype)
         tokens = x.codes.shape[0]
-        outputs = self.inbox[: tokens * self.shape[0]].view(tokens, self.shape[0])
         kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, norm)
-        launch = _LAUNCHES[tile.kind](tile, self, x.codes, outputs)
+        if tile.kind == "small":
+            outputs = self.inbox[: tokens * self.shape[0]].view(tokens, self.shape[0])
+            launch = _small(tile, self, x.codes, outputs)
+            shared: tuple[object, ...] = (self.norm_workers(tokens, tile),)
+        else:
+            outputs = torch.empty(tokens, self.shape[0], dtype=out_dtype, device=x.codes.device)
+            launch = _large(tile, self, x.codes, outputs, all_blocks=True)
+            shared = (outputs, self.progress)
         arguments = (*launch.before, *self._operands(x, bias), *launch.after, *norm_fields)
-        kernel(outputs.device, launch.grid, (*arguments, self.norm_workers(tokens, tile)))
+        kernel(outputs.device, launch.grid, (*arguments, *shared))
 
     def _admit(
         self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype
@@ -224,11 +242,15 @@ class _Launch:
     after: tuple[object, ...]
 
 
-def _large(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
+def _large(
+    tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor, all_blocks: bool = False
+) -> _Launch:
+    """all_blocks: also those that get no tile."""
     clusters = weight.device.multiprocessors // tile.cluster
     tiles = -(-len(out) // tile.tokens) * -(-weight.shape[0] // (tile.rows * tile.cluster))
     whole = _whole_tiles(tiles, clusters, tile, weight.shape[1])
     used = min(clusters, tiles if whole == tiles else max(whole, 2 * (tiles - whole)))
+    used = clusters if all_blocks else used
     token_map = tensor_map(_with_room(codes, tile), (tile.tokens // tile.cluster, BLOCK))
     output_map = tensor_map(out, (64, SLAB_ROWS))
     return _Launch((used * tile.cluster,), (token_map, output_map), (whole,))
@@ -275,6 +297,11 @@ _LAUNCHES = {"large": _large, "small": _small, "portable": _portable}
 @cache
 def _inbox(device: torch.device) -> Tensor:
     return torch.full((INBOX_OUTPUTS,), -1, dtype=torch.int16, device=device)
+
+
+@cache
+def _progress(device: torch.device) -> Tensor:
+    return torch.zeros(2 + MOST_TOKEN_TILES, dtype=torch.int32, device=device)
 
 
 @cache

@@ -8,24 +8,37 @@ from torch import Tensor
 from qserve.formats.activation import QuantizedActivation
 from qserve.kernels.gemm import PreparedWeight, check_linear
 from qserve.kernels.gemm_cuda import INBOX_OUTPUTS, CudaWeight
-from qserve.kernels.gemm_variants import Norm
+from qserve.kernels.gemm_variants import MOST_TOKEN_TILES, Norm
 from qserve.kernels.tiles import Tile
 
 COLUMNS = range(2048, 8193)
 """Of the norm: shorter rows are too little work for what it costs to wait, longer ones cost registers."""
 
 ROWS_PER_WORKER = 2
-"""Rows that a block may have to do one after the other."""
+"""Of a GEMM of few tokens: rows that a block may have to do one after the other."""
+
+MANY_TOKENS = 4096
+"""Of a "large" GEMM, from here on: blocks that have no tile in the last wave begin with the rows."""
 
 
 def fuses(x: QuantizedActivation, weight: PreparedWeight) -> bool:
     """Whether one launch was measured to be no slower than two (docs/kernels.md)."""
     tokens, columns = x.codes.shape[0], weight.shape[0]
-    if columns not in COLUMNS or not 0 < tokens * columns <= INBOX_OUTPUTS:
+    if columns not in COLUMNS or tokens == 0 or not isinstance(weight, CudaWeight):
         return False
-    if not isinstance(weight, CudaWeight) or (tile := weight.tile_for(tokens)).kind != "small":
+    tile = weight.tile_for(tokens)
+    if not has_room(tokens, columns, tile):
         return False
+    if tile.kind == "large":
+        return tokens >= MANY_TOKENS
     return tokens <= ROWS_PER_WORKER * weight.norm_workers(tokens, tile)
+
+
+def has_room(tokens: int, columns: int, tile: Tile) -> bool:
+    """Whether there is a kernel that goes on with a norm, and what its blocks share is large enough."""
+    if tile.kind == "small":
+        return tokens * columns <= INBOX_OUTPUTS
+    return tile.kind == "large" and tokens <= MOST_TOKEN_TILES * tile.tokens
 
 
 def linear_rms_norm_quantize(
@@ -38,18 +51,18 @@ def linear_rms_norm_quantize(
     residual: Tensor,
     tile: Tile | None = None,
 ) -> tuple[QuantizedActivation, Tensor]:
-    """See `gemm_norm`; at most INBOX_OUTPUTS values. tile: not the fastest for the GEMM alone."""
+    """See `gemm_norm`; as many tokens as `has_room`. tile: not the fastest for the GEMM alone."""
     assert isinstance(weight, CudaWeight)
     contract = check_linear(x, weight.shape, bias, out_dtype)
     contract.check("norm_weight", norm_weight, (weight.shape[0],), torch.float32, out_dtype)
     contract.check("residual", residual, ("M", weight.shape[0]), out_dtype)
     contract.require(residual.is_contiguous(), "residual must be contiguous")
     tokens, columns = residual.shape
-    contract.require(tokens * columns <= INBOX_OUTPUTS, f"{tokens} tokens are too many")
+    tile = tile or weight.tile_for(tokens)
+    contract.require(has_room(tokens, columns, tile), f"{tokens} tokens are too many for {tile}")
     total = torch.empty_like(residual)
     out = QuantizedActivation.empty(tokens, columns, residual.device)
     norm = Norm(columns, norm_weight.dtype == torch.float32)
     fields = (residual, norm_weight, total, eps, out.codes, out.scale, out.row_sum)
-    tile = tile or weight.tile_for(tokens)
     weight.apply_with_norm(x, bias, out_dtype, tile, norm, fields)
     return out, total

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from qserve.kernels.jit import Kernel
-from qserve.kernels.producers_cuda import norm_weight_source, row_threads
+from qserve.kernels.producers_cuda import norm_weight_source, row_constants, row_threads
 from qserve.kernels.tiles import Tile
 from qserve.kernels.wgmma import wgmma_source
 
@@ -21,6 +21,15 @@ SHARED_LIMIT = 227 * 1024
 
 PORTABLE_SHARED_LIMIT = 99 * 1024
 """... on every GPU from sm_80 on."""
+
+CONSUMER_THREADS, WAVE_BLOCKS = 256, 128
+"""Of a "large" kernel: threads of a block that multiply, and blocks that run at once, about."""
+
+MOST_VALUES = 48
+"""Of a row, for a thread that fetches two more rows meanwhile."""
+
+MOST_TOKEN_TILES = 4094
+"""Of a "large" GEMM that goes on with a norm."""
 
 OPERANDS = "(6P5i)"
 """`Operands` of csrc/epilogue.cuh."""
@@ -63,7 +72,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm and quantization of the outputs, by a "small" kernel itself (csrc/tail.cuh).
+    """RMSNorm and quantization of the outputs, by a "small" or "large" kernel itself.
 
     float_weight: as of `producer_kernel`.
     """
@@ -71,17 +80,33 @@ class Norm:
     columns: int
     float_weight: bool
 
-    def added_to(self, kernel: Kernel) -> Kernel:
+    def added_to(self, kernel: Kernel, tile: Tile) -> Kernel:
         """The variant that goes on with this."""
-        rows = {"COLUMNS": self.columns, "THREADS": row_threads(self.columns)}
+        if tile.kind == "small":
+            parameters, constants = "i", row_constants(self.columns)
+        else:
+            team = self._team_threads()
+            parameters = "2P"
+            constants = row_constants(self.columns, team, CONSUMER_THREADS // team)
+            # A wave of blocks makes all outputs of some tokens, which then are ready for the norm.
+            constants["TILE_GROUP"] = max(1, WAVE_BLOCKS * tile.rows // self.columns)
+            constants["MOST_TOKEN_TILES"] = MOST_TOKEN_TILES
         return replace(
             kernel,
             source=kernel.source.replace("_sm90", "_norm_sm90"),
             entry=f"{kernel.entry}_norm",
-            parameters=kernel.parameters + "(3Pf)(3P)i",
+            parameters=kernel.parameters + "(3Pf)(3P)" + parameters,
             generated=kernel.generated + norm_weight_source(self.float_weight),
-            constants={**kernel.constants, **rows},
+            constants={**kernel.constants, **constants},
         )
+
+    def _team_threads(self) -> int:
+        """Of a row, in a "large" kernel: half of a producer's, for two rows at a time, if they can hold
+        one beside those that they fetch."""
+        threads = row_threads(self.columns)
+        halves = threads > CONSUMER_THREADS // 2 and threads % 64 == 0
+        fits = self.columns <= MOST_VALUES * threads // 2
+        return threads // 2 if halves and fits else threads
 
 
 @dataclass(frozen=True)
@@ -129,9 +154,10 @@ def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool, norm: Norm | None = 
             "FRACTIONAL_ZEROS": policy.fractional_zeros,
             "BFLOAT16": bfloat16,
             "ARRIVING_LANES": 1,
+            "TILE_GROUP": 8,
         },
     )
-    return kernel if norm is None else norm.added_to(kernel)
+    return kernel if norm is None else norm.added_to(kernel, tile)
 
 
 def _weight_offset(design: _Design, policy: Policy) -> int:

@@ -77,7 +77,7 @@ def producer_kernel(
         parameters=_PARAMETERS[op],
         threads=row_threads(columns),
         overlap=overlap,
-        constants={"COLUMNS": columns, "THREADS": row_threads(columns), "BFLOAT16": bfloat16},
+        constants={**row_constants(columns), "BFLOAT16": bfloat16},
         generated=norm_weight_source(float_weight),
     )
 
@@ -91,6 +91,17 @@ def row_threads(columns: int) -> int:
     """That hold a row: whole warps, two vectors a thread, but four before there are more than 256."""
     warps = -(-columns // (VECTOR * 32))
     return 32 * max(2, min(8, -(-warps // 2)), min(16, -(-warps // 4)))
+
+
+def row_constants(columns: int, team: int | None = None, teams: int = 1) -> dict[str, int]:
+    """Of csrc/quantize_row.cuh. team: threads that hold a row, `row_threads` or half as many."""
+    threads = row_threads(columns)
+    return {
+        "COLUMNS": columns,
+        "THREADS": team or threads,
+        "TEAMS": teams,
+        "SUM_THREADS": threads,
+    }
 
 
 def _launch(

@@ -87,6 +87,37 @@ DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
                :: "l"(address), "r"(a), "r"(b) : "memory");
 }
 
+// ---- counters, of a block in shared memory, of a grid in global memory ---------------------------
+// Who reads a sum sees what was written, or known to be written, before it was added to.
+
+DEVICE void add_release_block(int* counter, int value) {
+  asm volatile("red.release.cta.add.s32 [%0], %1;" :: "l"(counter), "r"(value) : "memory");
+}
+
+DEVICE int load_acquire_block(const int* counter) {
+  int v;
+  asm volatile("ld.acquire.cta.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  return v;
+}
+
+DEVICE void add_release_grid(int* counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(counter), "r"(value) : "memory");
+}
+
+// Comes after all that this thread has done, and before all that it does then.
+DEVICE int add_ordered_grid(int* counter, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+DEVICE int load_acquire_grid(const int* counter) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  return v;
+}
+
 // ---- asynchronous copies of sm_80 -----------------------------------------------------------
 
 // 16 bytes, or zeros where `valid` is false (then nothing is read).

@@ -1,5 +1,5 @@
-// A team, the first THREADS threads of a block, holds one token's row in registers, reduces over it
-// and makes it int8.
+// A team of THREADS threads holds one token's row in registers, reduces over it and makes it int8. The
+// first threads of a block are its TEAMS.
 #pragma once
 #include "half.cuh"
 
@@ -7,7 +7,11 @@ constexpr int WIDTH = 8;  // elements of a 16-byte vector
 constexpr int VECTORS = COLUMNS / WIDTH;
 constexpr int PER_THREAD = (VECTORS + THREADS - 1) / THREADS;
 constexpr int WARPS = THREADS / 32;
+constexpr int PARTS = SUM_THREADS / THREADS;  // of a thread's share of a floating point sum
 static_assert(COLUMNS % WIDTH == 0, "rows are read in vectors of 16 bytes");
+
+DEVICE uint32 team() { return TEAMS == 1 ? 0 : threadIdx.x / THREADS; }
+DEVICE uint32 team_thread() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % THREADS; }
 
 // `body(i, vector)` for this thread's part of a row: vectors thread, thread + THREADS, ... as far as
 // there are any.
@@ -15,7 +19,7 @@ template <class Body>
 DEVICE void each_vector(Body body) {
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
-    const int vector = i * THREADS + threadIdx.x;
+    const int vector = i * THREADS + team_thread();
     if (VECTORS % THREADS == 0 || vector < VECTORS) body(i, vector);
   }
 }
@@ -59,17 +63,28 @@ struct Max {
   }
 };
 
-// Every thread gets the reduction over the team. `scratch` serves one reduction of a row only.
-template <class T, class Combine>
-DEVICE T reduce(T value, Combine combine, T (&scratch)[WARPS]) {
-  value = combine.over_warp(value);
-  if (WARPS == 1) return value;
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  named_barrier(0, THREADS);
-  T total = scratch[0];
+// Every thread gets the reduction over the team. `scratch` serves one reduction of a row only. The
+// result is that of COUNT * THREADS threads that hold a value each.
+template <class T, class Combine, int COUNT>
+DEVICE T reduce(T (&values)[COUNT], Combine combine, T (&scratch)[TEAMS][COUNT * WARPS]) {
 #pragma unroll
-  for (int warp = 1; warp < WARPS; warp++) total = combine(total, scratch[warp]);
+  for (int i = 0; i < COUNT; i++) values[i] = combine.over_warp(values[i]);
+  if (COUNT * WARPS == 1) return values[0];
+  T(&own)[COUNT * WARPS] = scratch[team()];
+#pragma unroll
+  for (int i = 0; i < COUNT; i++)
+    if (threadIdx.x % 32 == 0) own[i * WARPS + team_thread() / 32] = values[i];
+  named_barrier(team(), THREADS);
+  T total = own[0];
+#pragma unroll
+  for (int i = 1; i < COUNT * WARPS; i++) total = combine(total, own[i]);
   return total;
+}
+
+template <class T, class Combine>
+DEVICE T reduce(T value, Combine combine, T (&scratch)[TEAMS][WARPS]) {
+  T values[1] = {value};
+  return reduce(values, combine, scratch);
 }
 
 struct Quantized {
@@ -78,8 +93,8 @@ struct Quantized {
   int* row_sum;
 };
 
-__shared__ float maxima[WARPS];
-__shared__ int sums[WARPS];
+__shared__ float maxima[TEAMS][WARPS];
+__shared__ int sums[TEAMS][WARPS];
 
 // Four values times `factor` as bytes, to the nearest, ties to even: after 1.5 * 2^23 is added, a
 // float's lowest bits are the integer.
@@ -111,7 +126,7 @@ DEVICE void quantize_row(Values& values, const Quantized& out, int64 row) {
     reinterpret_cast<uint2*>(out.codes + row * COLUMNS)[vector] = codes;
   });
   sum = reduce(sum, Sum(), sums);
-  if (threadIdx.x == 0) {
+  if (team_thread() == 0) {
     out.scale[row] = __fdiv_rn(largest, limit);
     out.row_sum[row] = sum;
   }

@@ -39,7 +39,7 @@ struct Norm {
   float eps;
 };
 
-__shared__ float squares[WARPS];
+__shared__ float squares[TEAMS][PARTS * WARPS];
 
 // One row of a norm. Everything but x may be fetched before x is there; no load comes after a store,
 // past which the compiler may not move it.
@@ -57,10 +57,12 @@ struct NormRow {
     x.fetch(rows + row * COLUMNS);
   }
 
-  // Returns this thread's sum of squares. Without a residual zeros are added, which takes no branch:
-  // around one the compiler would keep all vectors unpacked.
-  __device__ __forceinline__ float add_residual(Values& values, int64 row) {
-    float sum = 0;
+  // sums: the squares' of this thread, in the order in which SUM_THREADS threads would add them. Without
+  // a residual zeros are added, which takes no branch: around one the compiler would keep all vectors
+  // unpacked.
+  __device__ __forceinline__ void add_residual(Values& values, float (&sums)[PARTS], int64 row) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) sums[part] = 0;
     each_vector([&](int i, int vector) {
       float(&v)[WIDTH] = values.at[i];
       float added[WIDTH];
@@ -73,13 +75,20 @@ struct NormRow {
         reinterpret_cast<uint4*>(norm.total + row * COLUMNS)[vector] = total;
       unpack_vector<BFLOAT16>(total, v);
 #pragma unroll
-      for (int e = 0; e < WIDTH; e++) sum += v[e] * v[e];
+      for (int e = 0; e < WIDTH; e++) sums[i % PARTS] += v[e] * v[e];
     });
-    return sum;
   }
 
   __device__ __forceinline__ void normalize(Values& values, int64 row) {
-    const float sum = reduce(add_residual(values, row), Sum(), squares);
+    normalize(values, row, [] {});
+  }
+  // `release` is called when what has been fetched is no longer needed.
+  template <class Release>
+  __device__ __forceinline__ void normalize(Values& values, int64 row, Release release) {
+    float sums[PARTS];
+    add_residual(values, sums, row);
+    release();
+    const float sum = reduce(sums, Sum(), squares);
     const float inverse_rms = __frsqrt_rn(sum / COLUMNS + norm.eps);
     each_vector([&](int i, int) {
       float weights[WIDTH];

@@ -1,5 +1,5 @@
 #include "w4a8_gemm_small_sm90.cuh"
-#include "tail.cuh"
+#include "tail_small.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_MULTIPROCESSOR)
     w4a8_gemm_small_norm(const __grid_constant__ TensorMap token_map, const Operands operands,
