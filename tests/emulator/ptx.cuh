@@ -16,6 +16,7 @@ constexpr uint32 FULL_WARP = 0xFFFFFFFFu;
 DEVICE uint32 shared_address(const void* pointer) { return emulator::shared_offset(pointer); }
 
 DEVICE int warp_index() { return threadIdx.x / 32; }
+DEVICE const uint8* base(const uint8* address) { return address; }
 
 template <class T>
 T& shared_at(uint32 address) {

@@ -129,7 +129,7 @@ struct Source {
   int id, head, tokens;
 
   __device__ __forceinline__ const uint8* block(const Arguments& arguments) const {
-    return arguments.pool + (static_cast<int64>(id) * KV_HEADS + head) * BLOCK_BYTES;
+    return base(arguments.pool + (static_cast<int64>(id) * KV_HEADS + head) * BLOCK_BYTES);
   }
 };
 

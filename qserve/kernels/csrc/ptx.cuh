@@ -25,6 +25,12 @@ DEVICE uint32 round_up(uint32 value, uint32 multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// An address to which the compiler adds offsets; else it may work each sum out from its parts.
+DEVICE const uint8* base(const uint8* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
 DEVICE int warp_index() { return __shfl_sync(FULL_WARP, threadIdx.x / 32, 0); }
 
 // ---- shared memory -------------------------------------------------------------------------
