@@ -247,6 +247,7 @@ def prefill(
     dtype: torch.dtype = torch.float16,
     window: int | None = None,
     blocks: int = 3,
+    spread: float = 1.0,
 ) -> float:
     """The largest relative error of a row. Unused scales and outputs start as NaN; rows that are not
     the kernel's stay so."""
@@ -255,7 +256,7 @@ def prefill(
     batch = random_batch(contexts, queries, num_pages)
     pool = random_pool(kv_format, num_pages)
     poison(pool, kv_format, batch)
-    q = torch.randn(sum(queries), query_heads, dim).to(dtype)
+    q = (torch.randn(sum(queries), query_heads, dim) * spread).to(dtype)
     out = torch.full_like(q, math.nan)
     inputs = AttentionInputs(q, batch, pool, kv_format, dim**-0.5, window)
     served = torch.tensor(queries).repeat_interleave(torch.tensor(queries)) > 1
@@ -291,3 +292,15 @@ def test_prefill_of_bfloat16_in_one_block(
     monkeypatch.setattr(emulator, "seed", 1)
     kv_format, dtype = KVFormat(4, 128, 1), torch.bfloat16
     assert prefill(monkeypatch, kv_format, 4, [300], [70], dtype, blocks=1) < 3e-3
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_prefill_of_peaked_scores(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """References of the softmax are raised in pages after the first."""
+    contexts, queries = [400, 130], [100, 130]
+    error = prefill(
+        monkeypatch, KVFormat(4, 64, 2), 6, contexts, queries, window=window, blocks=2, spread=12.0
+    )
+    assert error < 5e-3

@@ -108,8 +108,8 @@ def prefill_kernel(kv_format: KVFormat, group: int, dtype: torch.dtype) -> Kerne
     """The variant for a cache format, `group` query heads to a KV head, and q of `dtype`."""
     head_dim = kv_format.head_dim
     stages = STAGES[head_dim]
-    tile_bytes, barrier_bytes = PAGE_TOKENS * head_dim * 2, 16  # of K, and of V
-    shared_bytes = 1024 + stages * 2 * (tile_bytes + barrier_bytes)  # 1024: to align
+    page_bytes = 2 * (PAGE_TOKENS * head_dim * 2 + 16)  # tiles of K and V, their barriers
+    shared_bytes = 1024 + stages * page_bytes + TILE_ROWS * head_dim * 2  # to align, pages, queries
     return Kernel(
         "prefill_attention_sm90.cu",
         "prefill_attention",

@@ -41,6 +41,22 @@ DEVICE void store_matrices_transposed(uint32 address, const uint32 (&v)[4]) {
   }
 }
 
+// Lands when the thread waits for it; until then its target reads as 0xFF.
+DEVICE void copy_async_16(uint32 destination, const void* source, bool) {
+  shared_at<uint4>(destination) = {~0u, ~0u, ~0u, ~0u};
+  emulator::current->copies.push_back({destination, source});
+}
+
+DEVICE void copy_async_commit() {}
+
+template <int PENDING>
+void copy_async_wait() {
+  static_assert(PENDING == 0);
+  for (const auto& [destination, source] : emulator::current->copies)
+    std::memcpy(shared_memory + destination, source, 16);
+  emulator::current->copies.clear();
+}
+
 DEVICE uint32 round_up(uint32 value, uint32 multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

@@ -70,6 +70,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 16);
   Words result;
+  std::vector<std::pair<unsigned, const void*>> copies = {};  // its own, under way
 };
 
 struct Meeting {  // of a warp's lanes, or of a block's threads
@@ -233,7 +234,7 @@ inline void start() {
 inline void create_fiber(unsigned thread) {
   if (fibers.size() <= thread) fibers.push_back(std::make_unique<Fiber>());
   Fiber* fiber = fibers[thread].get();
-  fiber->thread = {thread, 0, 0};
+  fiber->thread = {thread, 0, 0}, fiber->copies = {};
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack.data();
   fiber->context.uc_stack.ss_size = fiber->stack.size();

@@ -88,7 +88,7 @@ DEVICE void wgmma_commit() {
   });
 }
 
-template <int PENDING>
+template <int PENDING, int PLACE = 0>
 void wgmma_wait() {
   const int group = threadIdx.x / WARPGROUP;
   emulator::meet(emulator::warpgroups[group], "wgmma wait", WARPGROUP,
@@ -96,8 +96,8 @@ void wgmma_wait() {
 }
 
 DEVICE void wgmma_fence() {}
-template <class T, int N>
-void pin(T (&)[N]) {}
+template <class T>
+void pin(T&) {}
 template <int REGISTERS>
 void take_registers() {}
 template <int REGISTERS>

@@ -1,10 +1,9 @@
 // Causal attention of prompt chunks over quantized pages on Hopper, without a workspace.
 //
-// A block takes one tile after the other: up to 128 rows, the queries of a few positions times the
-// query heads that share a KV head. Four warps dequantize each page of it once, into a ring of
-// tiles in shared memory (`prefill_page.cuh`); two warpgroups multiply them by 64 rows each. A
-// page's scores are multiplied while the values of the page before are, and one warpgroup's softmax
-// overlaps with the other's multiplies.
+// A block takes one tile of up to 128 rows after the other. Four warps dequantize each page of it
+// once, into a ring of tiles in shared memory (`prefill_page.cuh`); two warpgroups multiply them by
+// 64 rows each. A page's scores, and their online softmax, overlap with the values of the page
+// before, and with the other warpgroup.
 //
 // A row's result depends on its own query and on the keys that it sees: pages come in order of
 // their absolute position, what a row does not see adds exact zeros, and when the reference of its
@@ -12,75 +11,25 @@
 #include "barrier.cuh"
 #include "half.cuh"
 #include "prefill_page.cuh"
+#include "prefill_work.cuh"
 
-constexpr int TILE_ROWS = 128;
 constexpr int CONSUMER_WARPS = 8, PRODUCER_WARPS = 4;
-constexpr int THREADS = (CONSUMER_WARPS + PRODUCER_WARPS) * 32;
+constexpr int PRODUCER_THREADS = PRODUCER_WARPS * 32;
+constexpr int THREADS = CONSUMER_WARPS * 32 + PRODUCER_THREADS;
 constexpr int SCORES = PAGE_TOKENS / 2;  // of one thread: two rows
 constexpr int OUTPUTS = HEAD_DIM / 2;
 constexpr int STEP = 16;                 // channels or tokens of one multiply, rows of a warp
 constexpr int TILES_BYTES = 2 * STAGES * TILE_BYTES;
-static_assert(1024 + TILES_BYTES + 4 * STAGES * 8 <= SHARED_BYTES,
+constexpr int QUERY_BYTES = TILE_ROWS * HEAD_DIM * 2;
+static_assert(1024 + TILES_BYTES + QUERY_BYTES + 4 * STAGES * 8 <= SHARED_BYTES,
               "the launch gives too little shared memory");
 
-// Weights are 2^(score - reference). The reference follows the row's largest score, HEADROOM below
-// it, but only once that has risen by more than SLACK, so that outputs are seldom rescaled.
+// Weights are 2^(score - reference). A row's reference is HEADROOM below the largest score of the
+// first page that it sees, and is raised to be so again once a score exceeds it by more than
+// HEADROOM + SLACK. That is rare, so it is found out afterwards: no maximum lies on the usual path.
 constexpr float HEADROOM = 5.0f, SLACK = 8.0f;
-constexpr float LOWEST = -1e30f;
-
-struct Tile {
-  int sequence, first_query, first_position, queries;
-};
-
-struct Arguments {
-  const uint16* q;  // [T, KV_HEADS * GROUP, HEAD_DIM]
-  const uint8* pool;
-  const int* page_table;
-  const int4* tiles;  // as `Tile`, those with most pages first
-  uint16* out;
-  int table_width, works, window;
-  float unit;  // of the scores, in powers of two
-};
-
-// A tile for one KV head.
-struct Work {
-  Tile tile;
-  int head, first_page, end_page;
-
-  __device__ __forceinline__ int last_position() const {
-    return tile.first_position + tile.queries - 1;
-  }
-};
-
-// The works of a block, dealt in snake order; each is loaded while the one before is done.
-class Schedule {
- public:
-  __device__ __forceinline__ explicit Schedule(const Arguments& arguments) : arguments_(arguments) {
-    load();
-  }
-
-  __device__ __forceinline__ bool pop(Work& work) {
-    if (index_ >= arguments_.works) return false;
-    work.tile = {loaded_.x, loaded_.y, loaded_.z, loaded_.w};
-    work.head = index_ % KV_HEADS;
-    work.first_page = max(work.tile.first_position - arguments_.window + 1, 0) / PAGE_TOKENS;
-    work.end_page = work.last_position() / PAGE_TOKENS + 1;
-    load();
-    return true;
-  }
-
- private:
-  __device__ __forceinline__ void load() {
-    const int blocks = gridDim.x, block = blockIdx.x;
-    index_ = round_ * blocks + (round_ % 2 ? blocks - 1 - block : block);
-    round_++;
-    if (index_ < arguments_.works) loaded_ = arguments_.tiles[index_ / KV_HEADS];
-  }
-
-  const Arguments& arguments_;
-  int round_ = 0, index_;
-  int4 loaded_;
-};
+constexpr float UNSET = -1e30f;
+constexpr float SUSPICIOUS = 4096.0f;  // sum of weights, with a margin: 2^(HEADROOM + SLACK - 1)
 
 struct Ring {
   int stage = 0;
@@ -95,10 +44,10 @@ enum Half { KEYS, VALUES };
 
 // STAGES pages, each a tile of K and one of V with barriers of their own.
 struct Shared {
-  uint32 tiles, barriers;
+  uint32 tiles, queries, barriers;
 
   __device__ __forceinline__ explicit Shared(uint32 base)
-      : tiles(base), barriers(base + TILES_BYTES) {}
+      : tiles(base), queries(base + TILES_BYTES), barriers(queries + QUERY_BYTES) {}
   __device__ __forceinline__ uint32 tile(Half half, int stage) const {
     return tiles + (stage * 2 + half) * TILE_BYTES;
   }
@@ -133,25 +82,35 @@ struct Source {
   }
 };
 
-// The pages of a block's works, one after the other.
+// The pages of a block's works, one after the other. A page's id is loaded a page ahead; once it is
+// popped, its block is on its way to the L2 cache.
 class Pages {
  public:
   __device__ __forceinline__ explicit Pages(const Arguments& arguments)
       : arguments_(arguments), schedule_(arguments) {
     open();
+    load_next();
   }
 
   __device__ __forceinline__ bool pop(Source& source) {
-    if (!open_) return false;
-    const int64 row = static_cast<int64>(work_.tile.sequence) * arguments_.table_width;
-    source.id = __ldg(arguments_.page_table + row + page_);
-    source.head = work_.head;
-    source.tokens = work_.last_position() + 1 - page_ * PAGE_TOKENS;
-    if (++page_ == work_.end_page) open();
+    if (!more_) return false;
+    source = next_;
+    if (threadIdx.x % PRODUCER_THREADS == 0) prefetch(source.block(arguments_), BLOCK_BYTES);
+    load_next();
     return true;
   }
 
  private:
+  __device__ __forceinline__ void load_next() {
+    more_ = open_;
+    if (!open_) return;
+    const int64 row = static_cast<int64>(work_.tile.sequence) * arguments_.table_width;
+    next_.id = __ldg(arguments_.page_table + row + page_);
+    next_.head = work_.head;
+    next_.tokens = work_.last_position() + 1 - page_ * PAGE_TOKENS;
+    if (++page_ == work_.end_page) open();
+  }
+
   __device__ __forceinline__ void open() {
     open_ = schedule_.pop(work_);
     page_ = work_.first_page;
@@ -159,9 +118,10 @@ class Pages {
 
   const Arguments& arguments_;
   Schedule schedule_;
+  Source next_;
   Work work_;
   int page_;
-  bool open_;
+  bool more_, open_;
 };
 
 template <class HalfCodes>
@@ -172,7 +132,7 @@ DEVICE void put(HalfCodes& codes, const Shared& shared, Half half, const Ring& r
   warp_arrive(shared.full(half, ring.stage));
 }
 
-// Codes are loaded one page ahead, a page's id two pages ahead.
+// Codes are loaded one page ahead.
 DEVICE void produce(const Arguments& arguments, const Shared& shared) {
   Pages pages(arguments);
   Source source;
@@ -198,24 +158,39 @@ DEVICE void produce(const Arguments& arguments, const Shared& shared) {
 
 // ---- consumers ---------------------------------------------------------------------------------
 
-// What a thread knows of its two rows, 8 apart.
-struct Rows {
-  int64 offset[2];  // of the head's channels in q and in out
-  int position[2];
-  bool valid[2];
+// One of a warp's 16 rows. Those past the last query repeat it.
+struct Row {
+  int64 offset;  // of the head's channels in q and in out
+  int position;
+  bool valid;
 
-  __device__ __forceinline__ explicit Rows(const Work& work) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = threadIdx.x / 32 * STEP + threadIdx.x % 32 / 4 + half * 8;
-      const int query = row / GROUP;
-      const int64 token = work.tile.first_query + query;
-      offset[half] = ((token * KV_HEADS + work.head) * GROUP + row % GROUP) * HEAD_DIM;
-      position[half] = work.tile.first_position + query;
-      valid[half] = query < work.tile.queries;
-    }
+  __device__ __forceinline__ Row(const Work& work, int row_of_warp) {
+    int row = threadIdx.x / 32 * STEP + row_of_warp;
+    pin(row);
+    const int query = min(row / GROUP, work.tile.queries - 1);
+    const int64 token = work.tile.first_query + query;
+    offset = ((token * KV_HEADS + work.head) * GROUP + row % GROUP) * HEAD_DIM;
+    position = work.tile.first_position + query;
+    valid = row / GROUP < work.tile.queries;
   }
 };
+
+// Where channels 8 chunk .. 8 chunk + 7 of one of a warp's rows lie, spread over the banks.
+DEVICE uint32 query_address(const Shared& shared, int row, int chunk) {
+  return shared.queries + (threadIdx.x / 32 * STEP + row) * HEAD_DIM * 2 +
+         (chunk ^ row % 4 * 2) * 16;
+}
+
+// A warp's rows of a work on their way to shared memory.
+DEVICE void fetch_queries(const Arguments& arguments, const Shared& shared, const Work& work) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < STEP * CHUNKS; i += 32) {
+    const int row = i / CHUNKS, chunk = i % CHUNKS;
+    const uint16* source = arguments.q + Row(work, row).offset + chunk * CHUNK;
+    copy_async_16(query_address(shared, row, chunk), source, true);
+  }
+  copy_async_commit();
+}
 
 DEVICE uint32 to_float16(uint32 pair) {
   if (!BFLOAT16) return pair;
@@ -223,13 +198,16 @@ DEVICE uint32 to_float16(uint32 pair) {
   return pack_pair<false>(v.x, v.y);
 }
 
-DEVICE void load_query(uint32 (&query)[OUTPUTS / 2], const uint16* q, const Rows& rows) {
+DEVICE void load_query(uint32 (&query)[OUTPUTS / 2], const Shared& shared) {
+  const int lane = threadIdx.x % 32;
+  copy_async_wait<0>();
+  __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / STEP; step++) {
-      const uint16* channels = q + rows.offset[half] + step * STEP + threadIdx.x % 4 * 4;
-      const uint2 v = rows.valid[half] ? *reinterpret_cast<const uint2*>(channels) : uint2{};
+      const uint2 v = load_shared_8(
+          query_address(shared, lane / 4 + half * 8, step * 2 + lane % 4 / 2) + lane % 2 * 8);
       query[step * 4 + half] = to_float16(v.x);
       query[step * 4 + 2 + half] = to_float16(v.y);
     }
@@ -258,10 +236,14 @@ DEVICE void multiply_values(float (&outputs)[OUTPUTS], uint32 (&weights)[SCORES 
 }
 
 // Score 4 j + 2 half + e is that of token 16 (j % 4) + 8 e + 4 (j / 4) + lane % 4: see `tile_row`.
-DEVICE void hide(float (&scores)[SCORES], const Rows& rows, int first_token, int window) {
+DEVICE void hide(float (&scores)[SCORES], const Work& work, int first_token, int window) {
+  if (first_token + PAGE_TOKENS <= work.tile.first_position + 1 &&
+      first_token > work.last_position() - window)
+    return;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int newest = rows.position[half] - first_token - threadIdx.x % 4;
+    const Row row(work, threadIdx.x % 32 / 4 + half * 8);
+    const int newest = row.position - first_token - threadIdx.x % 4;
     const int gone = newest - window;
 #pragma unroll
     for (int i = 0; i < SCORES / 2; i++) {
@@ -283,33 +265,59 @@ DEVICE float sum_of_row(float x) {
 
 // The online softmax of a thread's two rows; `sum` is of its own columns.
 struct Softmax {
-  float reference[2] = {LOWEST, LOWEST}, sum[2] = {}, shrink[2];
+  float reference[2] = {UNSET, UNSET}, sum[2] = {};
 
-  // Scores to weights.
-  __device__ __forceinline__ void weigh(float (&scores)[SCORES], float unit) {
-    float largest[2] = {minus_infinity(), minus_infinity()};
+  // What the row's reference should be for these scores.
+  static __device__ __forceinline__ float wanted(const float (&scores)[SCORES], int half,
+                                                 float unit) {
+    float largest = minus_infinity();
 #pragma unroll
-    for (int i = 0; i < SCORES; i += 2)
-      largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], fmaxf(scores[i], scores[i + 1]));
+    for (int i = 2 * half; i < SCORES; i += 4)
+      largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
+    return largest_of_row(largest) * unit - HEADROOM;
+  }
+
+  // References of rows that see their first keys.
+  __device__ __forceinline__ void open(const float (&scores)[SCORES], float unit) {
+    if (!__any_sync(FULL_WARP, reference[0] == UNSET || reference[1] == UNSET)) return;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const float wanted = largest_of_row(largest[half]) * unit - HEADROOM;
-      const float next = wanted > reference[half] + SLACK ? wanted : reference[half];
-      shrink[half] = power_of_two(reference[half] - next);
-      reference[half] = next;
-      sum[half] *= shrink[half];
-    }
-#pragma unroll
-    for (int i = 0; i < SCORES; i++) {
-      scores[i] = power_of_two(fmaf(scores[i], unit, -reference[i / 2 % 2]));
-      sum[i / 2 % 2] += scores[i];
+      const float next = wanted(scores, half, unit);
+      if (reference[half] == UNSET && next > UNSET + SLACK) reference[half] = next;
     }
   }
 
-  __device__ __forceinline__ void rescale(float (&outputs)[OUTPUTS]) const {
-    if (!__any_sync(FULL_WARP, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
+  // Takes a page's weights into the sums; they may be found to be too large.
+  __device__ __forceinline__ void weigh(float (&weights)[SCORES], const float (&scores)[SCORES],
+                                        float unit) {
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; i++) outputs[i] *= shrink[i / 2 % 2];
+    for (int i = 0; i < SCORES; i++) {
+      weights[i] = power_of_two(fmaf(scores[i], unit, -reference[i / 2 % 2]));
+      sum[i / 2 % 2] += weights[i];
+    }
+  }
+
+  // Whether the latest weights may be too large: of any row of the warp whose reference is to be
+  // raised, they are.
+  __device__ __forceinline__ bool exceeds(const Softmax& before) const {
+    return __any_sync(FULL_WARP, !(sum[0] - before.sum[0] < SUSPICIOUS) ||
+                                     !(sum[1] - before.sum[1] < SUSPICIOUS));
+  }
+
+  // Raises references that are SLACK below what they should be.
+  __device__ __forceinline__ void raise(float (&outputs)[OUTPUTS], const float (&scores)[SCORES],
+                                        float unit) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float next = wanted(scores, half, unit);
+      if (next > reference[half] + SLACK) {
+        const float shrink = power_of_two(reference[half] - next);
+        reference[half] = next;
+        sum[half] *= shrink;
+#pragma unroll
+        for (int i = 2 * half; i < OUTPUTS; i += 4) outputs[i] *= shrink, outputs[i + 1] *= shrink;
+      }
+    }
   }
 };
 
@@ -319,97 +327,143 @@ DEVICE void pack(uint32 (&weights)[SCORES / 2], const float (&scores)[SCORES]) {
     weights[i] = pack_pair<false>(scores[2 * i], scores[2 * i + 1]);
 }
 
-DEVICE void store_outputs(uint16* out, const float (&outputs)[OUTPUTS], const Softmax& softmax,
-                          const Rows& rows) {
+// Leaves zeros.
+DEVICE void store_outputs(uint16* out, float (&outputs)[OUTPUTS], const Softmax& softmax,
+                          const Work& work) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const float factor = 1.0f / sum_of_row(softmax.sum[half]);
-    uint4* row = reinterpret_cast<uint4*>(out + rows.offset[half] + threadIdx.x % 4 * 8);
-    if (!rows.valid[half]) continue;
+    const Row row(work, threadIdx.x % 32 / 4 + half * 8);
+    uint4* channels = reinterpret_cast<uint4*>(out + row.offset + threadIdx.x % 4 * 8);
+    if (!row.valid) continue;
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 32; i++) {
       float x[8];
 #pragma unroll
       for (int c = 0; c < 8; c++) x[c] = outputs[(4 * i + c / 2) * 4 + 2 * half + c % 2] * factor;
-      row[i * 4] = pack_vector<BFLOAT16>(x);
+      channels[i * 4] = pack_vector<BFLOAT16>(x);
     }
   }
-}
-
-// One warpgroup's rows of a work. A page's scores are multiplied and weighed while the values of
-// the page before are.
-DEVICE void attend(const Arguments& arguments, const Shared& shared, const Work& work, Ring& keys,
-                   Ring& values) {
-  const Rows rows(work);
-  uint32 query[OUTPUTS / 2], weights[SCORES / 2];
-  float scores[SCORES], outputs[OUTPUTS];
-  Softmax softmax;
-  load_query(query, arguments.q, rows);
 #pragma unroll
   for (int i = 0; i < OUTPUTS; i++) outputs[i] = 0;
-
-  auto weigh = [&](int page) {
-    const int first = page * PAGE_TOKENS;
-    pin(scores);
-    if (first + PAGE_TOKENS > work.tile.first_position + 1 ||
-        first <= work.last_position() - arguments.window)
-      hide(scores, rows, first, arguments.window);
-    softmax.weigh(scores, arguments.unit);
-  };
-  auto start_values = [&] {
-    barrier_wait(shared.full(VALUES, values.stage), values.phase);
-    multiply_values(outputs, weights, shared.tile(VALUES, values.stage));
-  };
-  auto finish_values = [&] {
-    wgmma_wait<0>();
-    pin(outputs);
-    warp_arrive(shared.empty(VALUES, values.stage));
-    values.advance();
-  };
-  auto start_keys = [&] {
-    barrier_wait(shared.full(KEYS, keys.stage), keys.phase);
-    multiply_keys(scores, query, shared.tile(KEYS, keys.stage));
-  };
-  auto release_keys = [&] {
-    warp_arrive(shared.empty(KEYS, keys.stage));
-    keys.advance();
-  };
-
-  start_keys();
-  wgmma_wait<0>();
-  release_keys();
-  weigh(work.first_page);
-  pack(weights, scores);
-#pragma unroll 1
-  for (int page = work.first_page + 1; page < work.end_page; page++) {
-    start_keys();
-    start_values();
-    wgmma_wait<1>();
-    release_keys();
-    weigh(page);
-    finish_values();
-    softmax.rescale(outputs);
-    pack(weights, scores);
-  }
-  start_values();
-  finish_values();
-  store_outputs(arguments.out, outputs, softmax, rows);
 }
+
+// What a warpgroup does: its rows of one work after the other. A page's scores are multiplied and
+// weighed while the values of the page before are, also where that is another work's.
+class Attention {
+ public:
+  __device__ __forceinline__ Attention(const Arguments& arguments, const Shared& shared)
+      : arguments_(arguments), shared_(shared), walk_(arguments) {}
+
+  __device__ __forceinline__ void run() {
+    if (walk_.done()) return;
+    start();
+#pragma unroll 1
+    while (!walk_.done()) step();
+    start_outputs();
+    wgmma_wait<0>();
+    finish_outputs();
+    store_outputs(arguments_.out, outputs_, softmax_, done_);
+  }
+
+ private:
+  // The first page, until its weights are known.
+  __device__ __forceinline__ void start() {
+    fetch_queries(arguments_, shared_, walk_.work());
+    load_query(query_, shared_);
+    start_scores();
+    wgmma_wait<0>();
+    finish_scores();
+    softmax_.weigh(weights_, scores_, arguments_.unit);
+    pack(operand_, weights_);
+    done_ = walk_.work();
+    walk_.advance();
+  }
+
+  // The values of the last page, and the weights of this one.
+  __device__ __forceinline__ void step() {
+    start_scores();
+    start_outputs();
+    wgmma_wait<1>();
+    const Softmax before = softmax_;
+    const bool fresh = walk_.at_first_page();
+    if (fresh) softmax_ = Softmax();
+    finish_scores();
+    const Softmax lower = softmax_;
+    softmax_.weigh(weights_, scores_, arguments_.unit);
+    // Different waits, so that the compiler finds the weights before it.
+    if (fresh) {
+      wgmma_wait<0, 2>();
+      pin(outputs_);
+      pack(operand_, weights_);
+      store_outputs(arguments_.out, outputs_, before, done_);
+      done_ = walk_.work();
+    } else if (softmax_.exceeds(lower)) {
+      wgmma_wait<0>();
+      pin(outputs_);
+      softmax_ = lower;
+      softmax_.raise(outputs_, scores_, arguments_.unit);
+      softmax_.weigh(weights_, scores_, arguments_.unit);
+      pack(operand_, weights_);
+    } else {
+      wgmma_wait<0, 1>();
+      pin(outputs_);
+      pack(operand_, weights_);
+    }
+    finish_outputs();
+    walk_.advance();
+  }
+
+  __device__ __forceinline__ void start_scores() {
+    barrier_wait(shared_.full(KEYS, keys_.stage), keys_.phase);
+    multiply_keys(scores_, query_, shared_.tile(KEYS, keys_.stage));
+  }
+
+  __device__ __forceinline__ void finish_scores() {
+    pin(scores_);
+    warp_arrive(shared_.empty(KEYS, keys_.stage));
+    keys_.advance();
+    Work next;
+    if (walk_.at_first_page() && walk_.peek(next)) fetch_queries(arguments_, shared_, next);
+    if (walk_.at_last_page()) load_query(query_, shared_);
+    hide(scores_, walk_.work(), walk_.page() * PAGE_TOKENS, arguments_.window);
+    softmax_.open(scores_, arguments_.unit);
+  }
+
+  __device__ __forceinline__ void start_outputs() {
+    barrier_wait(shared_.full(VALUES, values_.stage), values_.phase);
+    multiply_values(outputs_, operand_, shared_.tile(VALUES, values_.stage));
+  }
+
+  __device__ __forceinline__ void finish_outputs() {
+    pin(outputs_);
+    warp_arrive(shared_.empty(VALUES, values_.stage));
+    values_.advance();
+  }
+
+  const Arguments& arguments_;
+  const Shared& shared_;
+  Walk walk_;
+  Work done_;  // whose outputs these are
+  Softmax softmax_;
+  Ring keys_, values_;
+  uint32 query_[OUTPUTS / 2], operand_[SCORES / 2];
+  float scores_[SCORES], weights_[SCORES], outputs_[OUTPUTS] = {};
+};
 
 extern __shared__ uint8 shared_memory[];
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefill_attention(const Arguments arguments) {
-  const Shared shared(round_up(shared_address(shared_memory), 1024));
+  const Shared shared(
+      __shfl_sync(FULL_WARP, round_up(shared_address(shared_memory), 1024), 0));  // one for a warp
   if (threadIdx.x == 0) shared.init();
   publish_barriers();
   launch_dependents();
   wait_for_predecessor();
   if (warp_index() < CONSUMER_WARPS) {
     take_registers<192>();
-    Schedule schedule(arguments);
-    Ring keys, values;
-    for (Work work; schedule.pop(work);) attend(arguments, shared, work, keys, values);
+    Attention(arguments, shared).run();
   } else {
     give_registers<120>();
     produce(arguments, shared);

@@ -258,9 +258,10 @@ DEVICE void fence_for_copy_engine() {
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-template <int PENDING>
+// Waits at different places are not merged into one.
+template <int PENDING, int PLACE = 0>
 DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0; // %1" :: "n"(PENDING), "n"(PLACE) : "memory");
 }
 
 // An operand in shared memory whose rows are 128 bytes, swizzled, eight rows to 1024 bytes.
@@ -281,6 +282,9 @@ DEVICE void pin(float (&registers)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(registers[i])::"memory");
 }
+
+// What follows from `value` is computed where it is needed, not before a loop, in registers for good.
+DEVICE void pin(int& value) { asm volatile("" : "+r"(value)); }
 
 template <int REGISTERS>
 DEVICE void take_registers() {
