@@ -193,9 +193,9 @@ def make_layer(hidden: int, intermediate: int) -> DecoderLayer:
 @pytest.mark.parametrize(("tokens", "per_layer"), [(1, 5), (64, 5), (1024, 7), (4096, 5)])
 def test_launches_of_a_decoder_layer(tokens: int, per_layer: int) -> None:
     """Attention aside; the first norm has no GEMM before it, the last GEMM no quantized norm after."""
-    layers = [make_layer(2048, 1536) for _ in range(3)]
-    attend = FixedAttention(tokens, 2048)
-    x: Addend = torch.randn(tokens, 2048, device="cuda").half()
+    layers = [make_layer(4096, 1536) for _ in range(3)]
+    attend = FixedAttention(tokens, 4096)
+    x: Addend = torch.randn(tokens, 4096, device="cuda").half()
     residual = None
     with count_launches() as launched:
         for index, layer in enumerate(layers):

@@ -243,12 +243,13 @@ def test_many_rows_of_silu_wait_for_the_gemm(
 
 
 def test_a_norm_goes_with_batches_that_a_launch_can_share_out() -> None:
-    prepared, narrow = int8_weight(4096, 128), int8_weight(576, 128)
+    prepared, narrow, wide = (int8_weight(rows, 128) for rows in (4096, 576, 8192))
     x = {
         tokens: quantize_activation(torch.randn(tokens, 128))
         for tokens in (0, 1, 64, 128, 2048, 4096)
     }
     assert [tokens for tokens in x if fuses(x[tokens], prepared)] == [1, 64, 128, 4096]
+    assert fuses(x[2048], wide) and not fuses(x[4096], int8_weight(2048, 128))
     assert not fuses(x[1], narrow)
 
 

@@ -17,7 +17,7 @@ COLUMNS = range(2048, 8193)
 ROWS_PER_WORKER = 2
 """Of a GEMM of few tokens: rows that a block may have to do one after the other."""
 
-MANY_TOKENS = 4096
+LONG_ROW, MANY_OUTPUTS = 4096, 4096 * 4096
 """Of a "large" GEMM, from here on: blocks that have no tile in the last wave begin with the rows."""
 
 
@@ -30,7 +30,7 @@ def fuses(x: QuantizedActivation, weight: PreparedWeight) -> bool:
     if not has_room(tokens, columns, tile):
         return False
     if tile.kind == "large":
-        return tokens >= MANY_TOKENS
+        return columns >= LONG_ROW and tokens * columns >= MANY_OUTPUTS
     return tokens <= ROWS_PER_WORKER * weight.norm_workers(tokens, tile)
 
 
