@@ -11,6 +11,7 @@ from torch import Tensor
 from qserve.engine.batch import StepShape
 from qserve.engine.device import Work
 from qserve.engine.scheduler import StepPlan
+from qserve.kernels.transfer import upload
 
 _NARROWEST = 32
 """Columns of the smallest page table: contexts of one split need no second kernel."""
@@ -58,7 +59,7 @@ class DecodeGraphs:
         compute: (shape, buffer with its tensors on the device), always the same; what it yields must
         go to tensors that stay where they are.
         """
-        self._inputs[: shape.nbytes].copy_(staged, non_blocking=True)
+        self._inputs[: shape.nbytes].copy_(upload(staged, self._inputs.device))
         if shape in self._replays:
             self._replays[shape]()
         else:

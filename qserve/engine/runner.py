@@ -15,6 +15,7 @@ from qserve.engine.kv_cache import CacheShape, allocate_pools
 from qserve.engine.scheduler import StepPlan
 from qserve.engine.sequence import Sequence
 from qserve.engine.threads import StepThreads
+from qserve.kernels.transfer import upload
 from qserve.models.attention import PagedAttention
 from qserve.models.decoder import Decoder
 from qserve.models.rope import rope_table
@@ -91,7 +92,7 @@ class ModelRunner:
 
     def _run_eagerly(self, plan: StepPlan) -> StepOutput:
         shape = StepShape.of(plan)
-        buffer = self._stage(plan, shape).to(self.device, non_blocking=True)
+        buffer = upload(self._stage(plan, shape), self.device)
         lengths = tuple((chunk.length, chunk.end) for chunk in plan.chunks)
         with self._threads.for_tokens(shape.tokens):
             hidden = self._forward(shape, buffer, lengths)

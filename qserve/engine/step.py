@@ -10,7 +10,7 @@ from torch import Tensor
 from qserve.engine.logprobs import Place, ScoredTokens, Scores, entries
 from qserve.engine.request import TokenLogprob
 from qserve.engine.scheduler import StepPlan
-from qserve.engine.transfer import Readback
+from qserve.kernels.transfer import Readback
 
 
 class StepUnderWay:
