@@ -158,5 +158,5 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     for cached in (jit._core, jit._compiler_version):
         cached.cache_clear()
         monkeypatch.setattr(jit, cached.__name__, cached.__wrapped__)
-    with pytest.raises(KernelError, match=r"pip install qserve\[gpu\]"):
+    with pytest.raises(KernelError, match=r"pip install 'qserve\[gpu\]'"):
         build(Kernel("producers.cu", "rms_norm", "P", 32), "sm_80")

@@ -302,7 +302,7 @@ def _core() -> Any:
     try:
         import cuda.core
     except ImportError as error:
-        raise KernelError(f"CUDA kernels need `pip install qserve[gpu]`: {error}") from error
+        raise KernelError(f"CUDA kernels need pip install 'qserve[gpu]': {error}") from error
     return cuda.core
 
 
@@ -323,7 +323,7 @@ def _compiler_version() -> tuple[int, int]:
     try:
         _, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:
-        raise KernelError(f"NVRTC is missing; `pip install qserve[gpu]`: {error}") from error
+        raise KernelError(f"NVRTC is missing; pip install 'qserve[gpu]': {error}") from error
     return major, minor
 
 
