@@ -49,9 +49,7 @@ DEVICE float without_offset(int accumulator, const Row& row, const Token& token)
   return __int2float_rn(accumulator - offset * token.sum);
 }
 
-template <bool HAS_BIAS = true>
 DEVICE float finish(int accumulator, const Row& row, const Token& token) {
   const float scaled = __fmul_rn(without_offset(accumulator, row, token), row.scale);
-  const float output = __fmul_rn(scaled, token.scale);
-  return HAS_BIAS ? __fadd_rn(output, row.bias) : output;
+  return __fadd_rn(__fmul_rn(scaled, token.scale), row.bias);
 }

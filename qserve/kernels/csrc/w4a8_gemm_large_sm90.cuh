@@ -232,7 +232,6 @@ DEVICE void exchange_halves(int (&accumulator)[SLABS][TOKENS / 2], const Shared&
 
 // The outputs of 64 rows x 64 tokens, starting at accumulator `first`, into a staging buffer in the
 // swizzled order that the copy engine expects.
-template <bool HAS_BIAS>
 DEVICE void stage_chunk(const int* first, uint32 terms, const Row (&rows)[2], uint32 buffer) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const int token = lane / 16 * 8 + lane % 8;
@@ -248,9 +247,8 @@ DEVICE void stage_chunk(const int* first, uint32 terms, const Row (&rows)[2], ui
                                {__uint_as_float(raw.z), static_cast<int>(raw.w)}};
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        packed[part * 2 + r] = pack_pair<BFLOAT16>(
-            finish<HAS_BIAS>(sums[r * 2], rows[r], tokens[0]),
-            finish<HAS_BIAS>(sums[r * 2 + 1], rows[r], tokens[1]));
+        packed[part * 2 + r] = pack_pair<BFLOAT16>(finish(sums[r * 2], rows[r], tokens[0]),
+                                            finish(sums[r * 2 + 1], rows[r], tokens[1]));
     }
     store_matrices_transposed(buffer + (step * 16 + token) * BLOCK + column, packed);
   }
@@ -296,7 +294,6 @@ struct Terms {
   }
 };
 
-template <bool HAS_BIAS>
 DEVICE void store_tile(const int (&accumulator)[SLABS][TOKENS / 2], const Terms& terms,
                        uint32 tokens, const TensorMap* map, const Tile& tile, Store& store) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
@@ -310,8 +307,8 @@ DEVICE void store_tile(const int (&accumulator)[SLABS][TOKENS / 2], const Terms&
       if (chunk >= chunks) break;
       const int token = half + chunk * CHUNK_TOKENS;
       const uint32 buffer = store.buffer();
-      stage_chunk<HAS_BIAS>(&accumulator[slab][chunk * CHUNK_TOKENS / 2],
-                            tokens + token * sizeof(Token), terms.rows[slab], buffer);
+      stage_chunk(&accumulator[slab][chunk * CHUNK_TOKENS / 2], tokens + token * sizeof(Token),
+                  terms.rows[slab], buffer);
       fence_for_copy_engine();
       // At most one store still reads, so the buffer written next is free.
       if (thread == 0) tensor_store_wait_read<1>();
@@ -342,10 +339,7 @@ DEVICE void consume(const Operands& operands, const TensorMap* map, const Shared
       tail.confirm_stored();
     });
     if (tile.split) exchange_halves(accumulator, shared);
-    if (operands.bias == nullptr)
-      store_tile<false>(accumulator, terms, tokens, map, tile, store);
-    else
-      store_tile<true>(accumulator, terms, tokens, map, tile, store);
+    store_tile(accumulator, terms, tokens, map, tile, store);
   }
   if (threadIdx.x % 128 == 0) tensor_store_wait();
   tail.confirm_stored();
