@@ -16,6 +16,7 @@ from typing import Any
 LABELS = {
     "channel": "QServe W4A8 per channel",
     "group": "QServe W4A8 groups of 128",
+    "w8a8": "QServe W8A8",
     "int8": "cuBLAS INT8",
     "bf16": "cuBLAS bfloat16",
 }
