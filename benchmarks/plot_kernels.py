@@ -47,6 +47,7 @@ def draw(family: str, totals: Totals, device: str, path: Path) -> None:
         axes.plot(tokens, ratios, marker="o", markersize=3, label=label)
     axes.axhline(1, color="black", linewidth=0.8, label="cuBLAS FP8, scales per row")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [str(count) for count in tokens], fontsize=7)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="tokens", ylabel="times as fast as cuBLAS FP8")
     axes.set_title(f"Linears of a layer of {family}, {device}", fontsize=10)
