@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from activation_helpers import before_poison
-from emulator import Emulator, tensor_map
+from emulator import EmulationError, Emulator, tensor_map
 
 from qserve.formats.activation import quantize_activation
 from qserve.formats.grid import fit_grid
@@ -90,12 +90,48 @@ def test_few_tokens(
     shape: tuple[int, int, int],
     weight_format: str,
 ) -> None:
-    """Without clusters: blocks run one after the other."""
+    """One block after the other."""
     n, k, m = shape
     for seed, longest_copy in enumerate((20000, 200)):
         monkeypatch.setattr(emulator, "seed", seed)
         monkeypatch.setattr(emulator, "longest_copy", longest_copy)
         assert is_exact(Tile("small", 128, tokens), quantized(torch.randn(n, k), weight_format), m)
+
+
+@pytest.fixture
+def two_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two blocks fit the device."""
+    monkeypatch.setattr(gemm_cuda, "_device", lambda _: Device("emulated", "sm_90a", 4))
+
+
+PAIRED_SMALL = Tile("small", 64, 16, cluster=2, interleave=2)
+PAIRED_LARGE = Tile("large", 128, 256, cluster=2)
+
+
+@pytest.mark.parametrize(
+    ("tile", "shape", "weight_format"),
+    [
+        (PAIRED_SMALL, (192, 640, 37), "channel"),
+        (PAIRED_SMALL, (64, 128, 3), "group128"),  # one block of the two has nothing to multiply
+        (Tile("small", 128, 128, cluster=2), (320, 384, 130), "group64"),
+        (PAIRED_LARGE, (320, 640, 300), "group128"),  # tiles for two turns
+        (PAIRED_LARGE, (192, 896, 600), "channel"),  # the last one split along K
+        (PAIRED_LARGE, (64, 384, 5), "int8"),
+    ],
+)
+@pytest.mark.usefixtures("two_clusters")
+def test_clusters(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    tile: Tile,
+    shape: tuple[int, int, int],
+    weight_format: str,
+) -> None:
+    n, k, m = shape
+    for seed, longest_copy in enumerate((20000, 200)):
+        monkeypatch.setattr(emulator, "seed", seed)
+        monkeypatch.setattr(emulator, "longest_copy", longest_copy)
+        assert is_exact(tile, quantized(torch.randn(n, k), weight_format), m)
 
 
 def assert_norm_takes_outputs(tile: Tile, rows: int, columns: int, tokens: int) -> None:
@@ -155,6 +191,19 @@ def test_a_norm_takes_outputs_of_many_tokens(
     assert_norm_takes_outputs(Tile("large", rows, tokens), *shape)
 
 
+@pytest.mark.parametrize(
+    ("tile", "shape"),
+    [
+        (PAIRED_SMALL, (192, 256, 37)),
+        (PAIRED_LARGE, (192, 384, 600)),
+        (PAIRED_LARGE, (576, 256, 257)),
+    ],
+)
+@pytest.mark.usefixtures("side_by_side", "two_clusters")
+def test_a_norm_takes_outputs_of_clusters(tile: Tile, shape: tuple[int, int, int]) -> None:
+    assert_norm_takes_outputs(tile, *shape)
+
+
 @contextmanager
 def planted(source: Path, sound: str, faulty: str) -> Iterator[None]:
     """The kernel's source with a fault in it."""
@@ -212,3 +261,34 @@ def test_a_stage_released_under_a_multiply_is_caught(
     weight = quantized(torch.randn(128, 1024), "group128")
     with planted(emulator.sources / "w4a8_gemm_large_sm90.cuh", "wgmma_wait<1>();", ""):
         assert not is_exact(Tile("large", 128, 256), weight, 256)
+
+
+@pytest.mark.parametrize(
+    ("tile", "file", "sound", "faulty"),
+    [
+        (PAIRED_SMALL, "small_sm90.cuh", "if (CLUSTER > 1) cluster_sync();", ""),
+        (PAIRED_SMALL, "small_sm90.cu", "await_peers();", ""),
+        (PAIRED_LARGE, "large_sm90.cuh", "  cluster_sync();\n  const", "  const"),
+        (PAIRED_LARGE, "large_sm90.cuh", "CONSUMER_WARPS * CLUSTER *", "CONSUMER_WARPS *"),
+    ],
+    ids=[
+        "for a peer's sums",
+        "for who reads its own",
+        "for half of the sums",
+        "for a stage's readers",
+    ],
+)
+@pytest.mark.usefixtures("two_clusters")
+def test_a_cluster_that_does_not_wait_is_caught(
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    tile: Tile,
+    file: str,
+    sound: str,
+    faulty: str,
+) -> None:
+    monkeypatch.setattr(gemm_cuda, "gemm_kernel", gemm_kernel.__wrapped__)
+    weight = quantized(torch.randn(192, 1024), "group128")
+    fault = planted(emulator.sources / f"w4a8_gemm_{file}", sound, faulty)
+    with fault, pytest.raises((AssertionError, EmulationError)):
+        assert is_exact(tile, weight, 600)

@@ -25,8 +25,9 @@ HERE = Path(__file__).parent
 COMPILE = ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
 ENTRY = """
 extern "C" const char* launch(const void* const* parameters, unsigned x, unsigned y, unsigned z,
-                              int threads, unsigned seed, int longest_copy, bool side_by_side) {{
-  return run_grid({{x, y, z}}, threads, seed, longest_copy, side_by_side,
+                              int threads, unsigned cluster, unsigned seed, int longest_copy,
+                              bool side_by_side) {{
+  return run_grid({{x, y, z}}, threads, cluster, seed, longest_copy, side_by_side,
                   bind({entry}, parameters));
 }}
 """
@@ -65,7 +66,7 @@ class Emulator:
         size = (*grid, 1, 1)[:3]
         library = self._library(kernel)
         schedule = (self.seed, self.longest_copy, self.side_by_side)
-        error = library.launch(parameters, *size, kernel.threads, *schedule)
+        error = library.launch(parameters, *size, kernel.threads, kernel.cluster, *schedule)
         if error is not None:
             raise EmulationError(f"{kernel}: {error.decode()}")
 

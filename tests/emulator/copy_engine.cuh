@@ -39,10 +39,6 @@ DEVICE void tensor_load(uint32 destination, const TensorMap* map, int column, in
   bulk_load(destination, box.data(), box.size(), barrier);
 }
 
-DEVICE void tensor_load_multicast(uint32, const TensorMap*, int, int, uint32, uint16) {
-  emulator::fail("no clusters here");
-}
-
 DEVICE void tensor_store(const TensorMap* map, uint32 source, int column, int row) {
   stores[threadIdx.x].push_back([=] {
     each_element(*map, column, row, [&](uint8* element, uint32 offset) {

@@ -111,18 +111,10 @@ DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
   *static_cast<uint2*>(address) = {a, b};
 }
 
-// Clusters are not emulated.
-DEVICE uint32 cluster_rank() { return 0; }
-DEVICE void cluster_arrive() { emulator::fail("no clusters here"); }
-DEVICE void cluster_wait() { emulator::fail("no clusters here"); }
-DEVICE void cluster_sync() { emulator::fail("no clusters here"); }
-DEVICE uint32 peer_address(uint32, uint32) { emulator::fail("no clusters here"); }
-DEVICE int4 load_peer_16(uint32) { emulator::fail("no clusters here"); }
-DEVICE void mbarrier_arrive_peer(uint32, uint32) { emulator::fail("no clusters here"); }
-
 // Blocks of a grid run one after the other, and grids as well.
 DEVICE void launch_dependents() {}
 DEVICE void wait_for_predecessor() {}
 
 #include "copy_engine.cuh"
+#include "cluster.cuh"
 #include "warpgroup.cuh"

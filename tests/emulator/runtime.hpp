@@ -1,9 +1,10 @@
 // CUDA's execution model on one CPU thread, for kernels that are to be tested without a GPU.
 //
 // The threads of a block are fibers, which run in a random order and change at every operation that
-// waits. Blocks run one after the other, or in threads of the CPU. Warp-wide operations wait for all 32 lanes. Copies to shared memory land late and in any
-// order; until then their target reads as 0xFF. A deadlock, lanes that meet in different operations
-// and barriers that are misused end the launch with a message.
+// waits. Blocks, or clusters of blocks, run one after the other, or all in threads of the CPU. Warp-wide
+// operations wait for all 32 lanes. Copies to shared memory land late and in any order; until then their
+// target reads as 0xFF. A deadlock, lanes that meet in different operations and barriers that are misused
+// end the launch with a message.
 #pragma once
 #include <ucontext.h>
 
@@ -25,6 +26,8 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+#include "cluster.hpp"
 
 #define __device__
 #define __global__
@@ -67,6 +70,7 @@ using Lanes = std::array<Words, 32>;
 
 struct Fiber {
   Index thread;
+  unsigned arrivals = 0;  // at the barrier of its cluster
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 16);
   Words result;
@@ -234,7 +238,7 @@ inline void start() {
 inline void create_fiber(unsigned thread) {
   if (fibers.size() <= thread) fibers.push_back(std::make_unique<Fiber>());
   Fiber* fiber = fibers[thread].get();
-  fiber->thread = {thread, 0, 0}, fiber->copies = {};
+  fiber->thread = {thread, 0, 0}, fiber->arrivals = 0, fiber->copies = {};
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack.data();
   fiber->context.uc_stack.ss_size = fiber->stack.size();
@@ -250,9 +254,12 @@ inline void run_block(int threads) {
   for (int thread = 0; thread < threads; thread++) create_fiber(thread);
   while (finished < threads && error.empty() && !failed) {
     now++;
+    run_errands();
     land_due_copies();
     if (!runnable.empty()) {
       run_next();
+    } else if (copies.empty() && may_get_errands()) {
+      std::this_thread::yield();
     } else if (copies.empty()) {
       error = "deadlock: " + std::to_string(threads - finished) + " threads wait";
     } else {
@@ -268,9 +275,12 @@ inline std::mutex reporting;
 inline std::string report;
 
 inline void run_block_of_grid(Index where, int threads, unsigned seed) {
+  const unsigned index = where.x + gridDim.x * (where.y + gridDim.y * where.z);
   blockIdx = where, error.clear();
-  random.seed(seed + where.x + gridDim.x * (where.y + gridDim.y * where.z));
+  random.seed(seed + index);
+  begin_block(index, shared_memory);
   run_block(threads);
+  if (!end_block() && error.empty() && !failed) error = "a peer writes to a block that ends";
   if (error.empty()) return;
   const std::lock_guard lock(reporting);
   if (!failed.exchange(true)) report = error;
@@ -278,21 +288,29 @@ inline void run_block_of_grid(Index where, int threads, unsigned seed) {
 
 }  // namespace emulator
 
-// Runs every block of a grid, one after the other or all at the same time; returns what went wrong,
-// or null.
-inline const char* run_grid(Index grid, int threads, unsigned seed, int longest_copy,
+// Runs every block of a grid, one cluster after the other or all at the same time; returns what went
+// wrong, or null.
+inline const char* run_grid(Index grid, int threads, unsigned cluster, unsigned seed, int longest_copy,
                             bool side_by_side, const std::function<void()>& kernel) {
   emulator::kernel = kernel, emulator::longest_copy = longest_copy, emulator::failed = false;
+  emulator::cluster_size = cluster;
+  emulator::blocks = std::vector<emulator::Block>(grid.x * grid.y * grid.z);
   gridDim = grid;
   std::vector<std::thread> running;
+  const auto join = [&] {
+    for (std::thread& block : running) block.join();
+    running.clear();
+  };
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned x = 0; x < grid.x && !emulator::failed; x++)
-        if (side_by_side)
+        if (side_by_side || cluster > 1) {
           running.emplace_back(emulator::run_block_of_grid, Index{x, y, z}, threads, seed);
-        else
+          if (!side_by_side && running.size() == cluster) join();
+        } else {
           emulator::run_block_of_grid({x, y, z}, threads, seed);
-  for (std::thread& block : running) block.join();
+        }
+  join();
   return emulator::failed ? emulator::report.c_str() : nullptr;
 }
 
