@@ -42,7 +42,7 @@ def measure(weights: list[CudaWeight], tokens: int) -> dict[Tile, float]:
         tile: [lambda w=w, t=tile: w.apply_tile(x, None, torch.float16, t) for w in used]
         for tile in candidates(problem, weights[0])
     }
-    warm_up([gemm_kernel(tile, weights[0].policy, False) for tile in peers], x.codes.device)
+    warm_up([gemm_kernel(tile, weights[0].policy, False, False) for tile in peers], x.codes.device)
     timings = time_interleaved(peers, rounds=5)
     return {tile: timing.median for tile, timing in timings.items()}
 

@@ -41,7 +41,9 @@ def gemm_sample(arch: str, kind: str) -> list[Kernel]:
     tiles = [tile for tile in tiles_for(arch) if tile.kind == kind]
     pairs = [(tile, policy) for tile in tiles for policy in POLICIES if not policy.fractional_zeros]
     pairs.append((tiles[0], Policy(fractional_zeros=True)))
-    return [gemm_kernel(tile, policy, i % 2 == 1) for i, (tile, policy) in enumerate(pairs)]
+    return [
+        gemm_kernel(tile, policy, i % 2 == 1, i % 3 == 1) for i, (tile, policy) in enumerate(pairs)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_an_unknown_arch_is_refused() -> None:
 
 @pytest.mark.skipif(not HAS_DISASSEMBLER, reason="needs cuobjdump")
 def test_a_planted_hazard_is_found() -> None:
-    kernel = gemm_kernel(Tile("large", 128, 256, 2), POLICIES[2], False)
+    kernel = gemm_kernel(Tile("large", 128, 256, 2), POLICIES[2], False, False)
     sass = disassemble(build(kernel, "sm_90a").cubin)
     assert count_multiplies(sass) == 8
     assert hazards(sass) == []

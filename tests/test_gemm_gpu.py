@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -21,9 +20,12 @@ from qserve.kernels.gemm_variants import gemm_kernel
 from qserve.kernels.jit import warm_up
 from qserve.kernels.tiles import Tile, tiles_for
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
 ALL_TILES = tiles_for("sm_90a") + tiles_for("sm_80")
+OUTPUTS = ((torch.float16, True), (torch.bfloat16, False))
+"""Types, and whether there is a bias."""
+
 WEIGHT_FORMATS = ("channel", "fractional", "group64", "group128", "int8")
 LAYER_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 SMOLLM2_SHAPES = [(960, 576), (192, 576), (576, 576), (3072, 576), (576, 1536)]
@@ -31,21 +33,11 @@ SMOLLM2_SHAPES = [(960, 576), (192, 576), (576, 576), (3072, 576), (576, 1536)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_in_parallel() -> None:
-    variants = itertools.product(ALL_TILES, POLICIES, (False, True))
-    warm_up([gemm_kernel(*variant) for variant in variants], torch.device("cuda"))
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every output starts as NaN, so that one that is never written shows."""
-    allocate = torch.empty
-
-    def poisoned(*args: int, **kwargs: object) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr("qserve.kernels.gemm_cuda.torch.empty", poisoned)
-    yield
+    kernels = [
+        gemm_kernel(tile, policy, dtype == torch.bfloat16, biased)
+        for tile, policy, (dtype, biased) in itertools.product(ALL_TILES, POLICIES, OUTPUTS)
+    ]
+    warm_up(kernels, torch.device("cuda"))
 
 
 def make_weight(weight_format: str, rows: int, columns: int) -> QuantizedWeight:
@@ -88,14 +80,14 @@ def group_size_fits(weight_format: str, columns: int) -> bool:
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 @pytest.mark.parametrize("tile", ALL_TILES, ids=str)
 def test_every_tile_gives_the_reference_bits(tile: Tile, weight_format: str) -> None:
-    dtypes = (torch.float16, torch.bfloat16)
     for rows, columns in ((64, 64), (192, 576), (576, 1536), (1088, 128), (320, 4224)):
         if not group_size_fits(weight_format, columns):
             continue
         weight, prepared = prepared_weight(weight_format, rows, columns)
         for index, tokens in enumerate((1, 17, tile.tokens, 2 * tile.tokens + 37)):
-            dtype = dtypes[index % 2]
-            x, bias = make_activation(tokens, columns), torch.randn(rows, device="cuda")
+            dtype, biased = OUTPUTS[index % 2]
+            x = make_activation(tokens, columns)
+            bias = torch.randn(rows, device="cuda") if biased else None
             expected = expected_linear(x, weight, bias, dtype)
             for given in (x, before_poison(x)):
                 out = prepared.apply_tile(given, bias, dtype, tile)

@@ -18,7 +18,12 @@ from qserve.formats.activation import QuantizedActivation, quantize_activation
 from qserve.formats.weight import W8Weight
 from qserve.kernels import OpError, gemm_cuda, jit, tensor_map
 from qserve.kernels.gemm_cuda import CudaWeight, pack_blocks
-from qserve.kernels.gemm_norm_cuda import fuses, has_room, linear_rms_norm_quantize
+from qserve.kernels.gemm_norm_cuda import (
+    fuses,
+    has_room,
+    linear_rms_norm_quantize,
+    tile_for,
+)
 from qserve.kernels.gemm_variants import Policy
 from qserve.kernels.jit import Kernel, KernelError
 from qserve.kernels.producers_cuda import silu_mul_quantize
@@ -129,7 +134,7 @@ def int8_weight(rows: int, columns: int) -> CudaWeight:
         (rows, columns),
         Device("x", "sm_90a", 132),
         gemm_cuda._inbox(torch.device("cpu")),
-        gemm_cuda._progress(torch.device("cpu")),
+        *gemm_cuda._parts(torch.device("cpu")),
     )
 
 
@@ -218,19 +223,17 @@ def test_a_gemm_of_few_tokens_goes_on_with_a_norm(
     assert others[1:] == [workers]  # rows, blocks, blocks, half of the multiprocessors
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(("tokens", "blocks"), [(300, 64), (1024, 128), (3000, 128)])
 def test_a_gemm_of_many_tokens_goes_on_with_a_norm(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, cluster: int
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, tokens: int, blocks: int
 ) -> None:
-    """With all blocks that the GPU holds, since all take rows."""
-    prepared, tile = int8_weight(4096, 128), Tile("large", 128, 256, cluster)
-    kernel, grid, (whole_tiles, product, progress) = launch_with_norm(
-        monkeypatch, prepared, tile, 300
-    )
-    assert kernel.entry == "w4a8_gemm_large_norm" and grid == (132,)
-    assert whole_tiles == 64 // cluster
-    assert product.shape == (300, 4096) and product.dtype == torch.float16
-    assert progress is prepared.progress and kernel.constants["TILE_GROUP"] == 4
+    """With all blocks of some token tiles at once, and no others."""
+    prepared, tile = int8_weight(4096, 128), Tile("large", 128, 256)
+    kernel, grid, others = launch_with_norm(monkeypatch, prepared, tile, tokens)
+    assert kernel.entry == "w4a8_gemm_large_norm" and grid == (blocks,)
+    assert others[0] == -(-tokens // 256) * 32
+    assert others[1] is prepared.parts and others[2] is prepared.turns
+    assert kernel.constants["TILE_GROUP"] == 4
 
 
 @pytest.mark.parametrize(("rows", "early"), [(8, True), (9, False)])
@@ -243,22 +246,45 @@ def test_many_rows_of_silu_wait_for_the_gemm(
 
 
 def test_a_norm_goes_with_batches_that_a_launch_can_share_out() -> None:
-    prepared, narrow, wide = (int8_weight(rows, 128) for rows in (4096, 576, 8192))
-    x = {
-        tokens: quantize_activation(torch.randn(tokens, 128))
-        for tokens in (0, 1, 64, 128, 2048, 4096)
+    sizes = (0, 1, 64, 128, 300, 1024, 4096, 20000)
+    x = [quantize_activation(torch.randn(tokens, 128)) for tokens in sizes]
+    fused = {
+        rows: [len(at.codes) for at in x if fuses(at, int8_weight(rows, 128))]
+        for rows in (1024, 2048, 4096, 8192, 9216)
     }
-    assert [tokens for tokens in x if fuses(x[tokens], prepared)] == [1, 64, 128, 4096]
-    assert fuses(x[2048], wide) and not fuses(x[4096], int8_weight(2048, 128))
-    assert not fuses(x[1], narrow)
+    assert fused == {
+        1024: [],
+        2048: [1, 64, 128, 1024, 4096, 20000],  # at 300 a small GEMM is fastest, but has few blocks
+        4096: [1, 64, 128, 300, 1024, 4096],  # at 20000 there are too many parts
+        8192: [1, 64, 128, 300, 1024, 4096],
+        9216: [],
+    }
 
 
 def test_a_norm_goes_with_no_more_tokens_than_a_launch_has_room_for() -> None:
-    assert has_room(512, 4096, Tile("small", 128, 64))
-    assert not has_room(513, 4096, Tile("small", 128, 64))
-    assert has_room(4094 * 128, 4096, Tile("large", 128, 128))
-    assert not has_room(4094 * 128 + 1, 4096, Tile("large", 128, 128))
-    assert not has_room(1, 4096, Tile("portable", 64, 64, interleave=2))
+    prepared, longest = int8_weight(4096, 128), int8_weight(132 * 128, 128)
+    assert has_room(512, prepared, Tile("small", 128, 64))
+    assert not has_room(513, prepared, Tile("small", 128, 64))
+    assert has_room(16384, prepared, Tile("large", 128, 128))
+    assert not has_room(16385, prepared, Tile("large", 128, 128))
+    assert has_room(1, longest, Tile("large", 128, 128))
+    assert not has_room(1, int8_weight(132 * 128 + 64, 128), Tile("large", 128, 128))
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile("portable", 64, 64, interleave=2),
+        Tile("large", 128, 256, cluster=2),
+        Tile("large", 256, 128),
+    ],
+    ids=str,
+)
+def test_a_norm_goes_with_some_tiles(tile: Tile) -> None:
+    prepared = int8_weight(4096, 128)
+    assert not has_room(1, prepared, tile)
+    others = {tile_for(tokens, prepared) for tokens in range(1, 8192, 64)}
+    assert all(has_room(1, prepared, other) for other in others)
 
 
 def test_a_norm_of_other_sizes_is_refused() -> None:

@@ -12,7 +12,7 @@ from qserve.benchmark.workloads import FAMILIES, activation, cuda_copies, random
 from qserve.formats.activation import QuantizedActivation
 from qserve.kernels import quantized_linear, rms_norm_quantize, silu_mul_quantize
 from qserve.kernels.gemm_cuda import CudaWeight
-from qserve.kernels.gemm_norm_cuda import has_room, linear_rms_norm_quantize
+from qserve.kernels.gemm_norm_cuda import has_room, linear_rms_norm_quantize, tile_for
 from qserve.testing.launches import without_overlap
 from qserve.testing.timing import Call, Timing, time_interleaved
 
@@ -57,8 +57,7 @@ def _time(linear: str, x: QuantizedActivation, weights: list[CudaWeight]) -> Tai
     residual = torch.randn(tokens, rows, dtype=DTYPE, device="cuda")
 
     def one(weight: CudaWeight) -> None:
-        tile = weight.tile_for(tokens)
-        linear_rms_norm_quantize(x, weight, None, DTYPE, gain, EPS, residual, tile)
+        linear_rms_norm_quantize(x, weight, None, DTYPE, gain, EPS, residual)
 
     def two(weight: CudaWeight) -> None:
         product = quantized_linear(x, weight, None, DTYPE)
@@ -75,7 +74,7 @@ def _time(linear: str, x: QuantizedActivation, weights: list[CudaWeight]) -> Tai
         return [partial(call, weight) for weight in weights]
 
     peers = {"two": calls(two), "two_waiting": calls(two_waiting)}
-    if with_norm and has_room(tokens, rows, weights[0].tile_for(tokens)):
+    if with_norm and has_room(tokens, weights[0], tile_for(tokens, weights[0])):
         peers["one"] = calls(one)
     times = time_interleaved(peers)
     return TailRow(linear, tokens, times.get("one"), times["two"], times["two_waiting"])

@@ -13,6 +13,7 @@ import torch
 from qserve.formats.kv import KVFormat
 from qserve.kernels.decode_cuda import DecodeShape, combine_kernel, decode_kernel, plan_kernel
 from qserve.kernels.draw_cuda import draw_kernel
+from qserve.kernels.gemm_norm_cuda import NORM_TILES
 from qserve.kernels.gemm_variants import Norm, Policy, gemm_kernel
 from qserve.kernels.jit import Build, Kernel, KernelError, build_all
 from qserve.kernels.kv_append_cuda import AppendShape, append_kernel
@@ -80,15 +81,17 @@ class Resources:
 
 def gemm_variants(arch: str) -> list[Kernel]:
     """Every GEMM variant of an architecture."""
-    choices = itertools.product(tiles_for(arch), POLICIES, (False, True))
-    return [gemm_kernel(tile, policy, bfloat16) for tile, policy, bfloat16 in choices]
+    choices = itertools.product(tiles_for(arch), POLICIES, (False, True), (False, True))
+    return [gemm_kernel(*choice) for choice in choices]
 
 
 def norm_variants(arch: str) -> list[Kernel]:
     """The GEMMs that go on with a norm."""
-    tiles = [tile for tile in tiles_for(arch) if tile.kind in ("small", "large")]
-    choices = itertools.product(tiles, POLICIES[:3], (2048, 4096, 8192))
-    return [gemm_kernel(tile, policy, True, Norm(n, False)) for tile, policy, n in choices]
+    tiles = [t for t in tiles_for(arch) if t.kind == "small" or t in NORM_TILES]
+    choices = itertools.product(tiles, POLICIES[:3], (False, True), (2048, 4096, 8192))
+    return [
+        gemm_kernel(tile, policy, True, bias, Norm(n, False)) for tile, policy, bias, n in choices
+    ]
 
 
 def producer_variants() -> list[Kernel]:

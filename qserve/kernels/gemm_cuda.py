@@ -19,7 +19,7 @@ from qserve.formats.activation import QuantizedActivation
 from qserve.formats.weight import QuantizedWeight, W4Weight
 from qserve.kernels.gemm_variants import (
     BLOCK,
-    MOST_TOKEN_TILES,
+    INBOX_PARTS,
     SLAB_ROWS,
     Norm,
     Policy,
@@ -49,8 +49,9 @@ class CudaWeight:
 
     What GEMMs that go on with a norm need between their blocks, one for all weights of a GPU, on which
     such launches therefore may not run side by side:
-    inbox: int16 [INBOX_OUTPUTS], all -1 between launches, for few tokens' outputs (csrc/tail_small.cuh).
-    progress: int32 [2 + MOST_TOKEN_TILES], all 0 between launches, of many tokens (csrc/tail_large.cuh).
+    inbox: int16 [INBOX_OUTPUTS], all -1 between launches: few tokens' outputs (csrc/tail_small.cuh).
+    parts: int32 [2, INBOX_PARTS, 2], of many tokens' rows, turns: int32 [4], all 0 at first; all of
+    parts[turns[0]] are -1 between launches (csrc/tail_large.cuh).
     """
 
     packed: Tensor
@@ -60,7 +61,8 @@ class CudaWeight:
     shape: tuple[int, int]
     device: Device
     inbox: Tensor
-    progress: Tensor
+    parts: Tensor
+    turns: Tensor
     _tiles: dict[int, Tile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -89,7 +91,7 @@ class CudaWeight:
             scale, zero = weight.s1_scales.float(), _pad_rows(weight.zeros())
             policy = Policy(fractional_zeros=bool((zero != zero.round()).any()))
         where = packed.device
-        shared = _device(where), _inbox(where), _progress(where)
+        shared = _device(where), _inbox(where), *_parts(where)
         return cls(packed, _pad_rows(scale), zero, policy, weight.shape, *shared)
 
     def apply(self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -111,7 +113,7 @@ class CudaWeight:
         bias = self._admit(x, bias, out_dtype)
         out = torch.empty(x.codes.shape[0], self.shape[0], dtype=out_dtype, device=x.codes.device)
         if len(out):
-            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16)
+            kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, bias is not None)
             launch = _LAUNCHES[tile.kind](tile, self, x.codes, out)
             arguments = (*launch.before, *self._operands(x, bias), *launch.after)
             kernel(out.device, launch.grid, arguments)
@@ -132,17 +134,18 @@ class CudaWeight:
         """
         bias = self._admit(x, bias, out_dtype)
         tokens = x.codes.shape[0]
-        kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, norm)
+        kernel = gemm_kernel(tile, self.policy, out_dtype == torch.bfloat16, bias is not None, norm)
         if tile.kind == "small":
             outputs = self.inbox[: tokens * self.shape[0]].view(tokens, self.shape[0])
             launch = _small(tile, self, x.codes, outputs)
             shared: tuple[object, ...] = (self.norm_workers(tokens, tile),)
         else:
-            outputs = torch.empty(tokens, self.shape[0], dtype=out_dtype, device=x.codes.device)
-            launch = _large(tile, self, x.codes, outputs, all_blocks=True)
-            shared = (outputs, self.progress)
+            clusters = norm.token_tiles * _row_tiles(tile, self.shape[0])
+            grid, whole = _large_grid(tile, self.shape, tokens, clusters)
+            launch = _Launch(grid, (_token_map(tile, x.codes),), (whole,))
+            shared = (self.parts, self.turns)
         arguments = (*launch.before, *self._operands(x, bias), *launch.after, *norm_fields)
-        kernel(outputs.device, launch.grid, (*arguments, *shared))
+        kernel(x.codes.device, launch.grid, (*arguments, *shared))
 
     def _admit(
         self, x: QuantizedActivation, bias: Tensor | None, out_dtype: torch.dtype
@@ -154,6 +157,10 @@ class CudaWeight:
             bias = bias.float()
         self._require_at_hand(codes=x.codes, scale=x.scale, row_sum=x.row_sum, bias=bias)
         return bias
+
+    def token_tiles_at_once(self, tile: Tile) -> int:
+        """Token tiles of which all blocks together make all outputs; tile: of kind "large"."""
+        return self.device.multiprocessors // tile.cluster // _row_tiles(tile, self.shape[0])
 
     def norm_workers(self, tokens: int, tile: Tile) -> int:
         """Blocks that share out a norm's rows. They wait for all others, which must find room beside
@@ -242,18 +249,29 @@ class _Launch:
     after: tuple[object, ...]
 
 
-def _large(
-    tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor, all_blocks: bool = False
-) -> _Launch:
-    """all_blocks: also those that get no tile."""
+def _large(tile: Tile, weight: CudaWeight, codes: Tensor, out: Tensor) -> _Launch:
     clusters = weight.device.multiprocessors // tile.cluster
-    tiles = -(-len(out) // tile.tokens) * -(-weight.shape[0] // (tile.rows * tile.cluster))
-    whole = _whole_tiles(tiles, clusters, tile, weight.shape[1])
+    grid, whole = _large_grid(tile, weight.shape, len(out), clusters)
+    return _Launch(grid, (_token_map(tile, codes), tensor_map(out, (64, SLAB_ROWS))), (whole,))
+
+
+def _large_grid(
+    tile: Tile, shape: tuple[int, int], tokens: int, clusters: int
+) -> tuple[tuple[int], int]:
+    """The grid, and how many tiles run whole, if there are at most so many clusters."""
+    tiles = -(-tokens // tile.tokens) * _row_tiles(tile, shape[0])
+    whole = _whole_tiles(tiles, clusters, tile, shape[1])
     used = min(clusters, tiles if whole == tiles else max(whole, 2 * (tiles - whole)))
-    used = clusters if all_blocks else used
-    token_map = tensor_map(_with_room(codes, tile), (tile.tokens // tile.cluster, BLOCK))
-    output_map = tensor_map(out, (64, SLAB_ROWS))
-    return _Launch((used * tile.cluster,), (token_map, output_map), (whole,))
+    return (used * tile.cluster,), whole
+
+
+def _row_tiles(tile: Tile, rows: int) -> int:
+    """Of a cluster each."""
+    return -(-rows // (tile.rows * tile.cluster))
+
+
+def _token_map(tile: Tile, codes: Tensor) -> object:
+    return tensor_map(_with_room(codes, tile), (tile.tokens // tile.cluster, BLOCK))
 
 
 def _whole_tiles(tiles: int, clusters: int, tile: Tile, columns: int) -> int:
@@ -300,8 +318,9 @@ def _inbox(device: torch.device) -> Tensor:
 
 
 @cache
-def _progress(device: torch.device) -> Tensor:
-    return torch.zeros(2 + MOST_TOKEN_TILES, dtype=torch.int32, device=device)
+def _parts(device: torch.device) -> tuple[Tensor, Tensor]:
+    parts = torch.full((2, INBOX_PARTS, 2), -1, dtype=torch.int32, device=device)
+    return parts, torch.zeros(4, dtype=torch.int32, device=device)
 
 
 @cache

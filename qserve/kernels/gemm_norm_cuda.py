@@ -8,7 +8,7 @@ from torch import Tensor
 from qserve.formats.activation import QuantizedActivation
 from qserve.kernels.gemm import PreparedWeight, check_linear
 from qserve.kernels.gemm_cuda import INBOX_OUTPUTS, CudaWeight
-from qserve.kernels.gemm_variants import MOST_TOKEN_TILES, Norm
+from qserve.kernels.gemm_variants import INBOX_PARTS, Norm
 from qserve.kernels.tiles import Tile
 
 COLUMNS = range(2048, 8193)
@@ -17,8 +17,8 @@ COLUMNS = range(2048, 8193)
 ROWS_PER_WORKER = 2
 """Of a GEMM of few tokens: rows that a block may have to do one after the other."""
 
-LONG_ROW, MANY_OUTPUTS = 4096, 4096 * 4096
-"""Of a "large" GEMM, from here on: blocks that have no tile in the last wave begin with the rows."""
+NORM_TILES = (Tile("large", 128, 128), Tile("large", 128, 256))
+"""Of many tokens."""
 
 
 def fuses(x: QuantizedActivation, weight: PreparedWeight) -> bool:
@@ -26,19 +26,29 @@ def fuses(x: QuantizedActivation, weight: PreparedWeight) -> bool:
     tokens, columns = x.codes.shape[0], weight.shape[0]
     if columns not in COLUMNS or tokens == 0 or not isinstance(weight, CudaWeight):
         return False
-    tile = weight.tile_for(tokens)
-    if not has_room(tokens, columns, tile):
+    tile = tile_for(tokens, weight)
+    if not has_room(tokens, weight, tile):
         return False
-    if tile.kind == "large":
-        return columns >= LONG_ROW and tokens * columns >= MANY_OUTPUTS
-    return tokens <= ROWS_PER_WORKER * weight.norm_workers(tokens, tile)
+    return tile.kind == "large" or tokens <= ROWS_PER_WORKER * weight.norm_workers(tokens, tile)
 
 
-def has_room(tokens: int, columns: int, tile: Tile) -> bool:
+def tile_for(tokens: int, weight: CudaWeight) -> Tile:
+    """The GEMM's own; but of the "large" ones, those of 128 rows whose blocks are in no cluster."""
+    tile = weight.tile_for(tokens)
+    if tile.kind != "large" or tile in NORM_TILES:
+        return tile
+    return NORM_TILES[1]
+
+
+def has_room(tokens: int, weight: CudaWeight, tile: Tile) -> bool:
     """Whether there is a kernel that goes on with a norm, and what its blocks share is large enough."""
+    columns = weight.shape[0]
     if tile.kind == "small":
         return tokens * columns <= INBOX_OUTPUTS
-    return tile.kind == "large" and tokens <= MOST_TOKEN_TILES * tile.tokens
+    if tile not in NORM_TILES or weight.token_tiles_at_once(tile) == 0:
+        return False
+    padded, parts = -(-tokens // tile.tokens) * tile.tokens, -(-columns // tile.rows)
+    return padded * parts <= INBOX_PARTS
 
 
 def linear_rms_norm_quantize(
@@ -58,11 +68,12 @@ def linear_rms_norm_quantize(
     contract.check("residual", residual, ("M", weight.shape[0]), out_dtype)
     contract.require(residual.is_contiguous(), "residual must be contiguous")
     tokens, columns = residual.shape
-    tile = tile or weight.tile_for(tokens)
-    contract.require(has_room(tokens, columns, tile), f"{tokens} tokens are too many for {tile}")
+    tile = tile or tile_for(tokens, weight)
+    contract.require(has_room(tokens, weight, tile), f"{tokens} tokens are too many for {tile}")
     total = torch.empty_like(residual)
     out = QuantizedActivation.empty(tokens, columns, residual.device)
-    norm = Norm(columns, norm_weight.dtype == torch.float32)
+    at_once = weight.token_tiles_at_once(tile) if tile.kind == "large" else 1
+    norm = Norm(columns, norm_weight.dtype == torch.float32, at_once)
     fields = (residual, norm_weight, total, eps, out.codes, out.scale, out.row_sum)
     weight.apply_with_norm(x, bias, out_dtype, tile, norm, fields)
     return out, total

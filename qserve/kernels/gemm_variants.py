@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from qserve.kernels.jit import Kernel
-from qserve.kernels.producers_cuda import norm_weight_source, row_constants, row_threads
+from qserve.kernels.producers_cuda import norm_weight_source, row_constants
 from qserve.kernels.tiles import Tile
 from qserve.kernels.wgmma import wgmma_source
 
@@ -22,14 +22,11 @@ SHARED_LIMIT = 227 * 1024
 PORTABLE_SHARED_LIMIT = 99 * 1024
 """... on every GPU from sm_80 on."""
 
-CONSUMER_THREADS, WAVE_BLOCKS = 256, 128
-"""Of a "large" kernel: threads of a block that multiply, and blocks that run at once, about."""
+NORM_BYTES = 32
+"""Of static shared memory that csrc/tail_large.cuh takes for a token."""
 
-MOST_VALUES = 48
-"""Of a row, for a thread that fetches two more rows meanwhile."""
-
-MOST_TOKEN_TILES = 4094
-"""Of a "large" GEMM that goes on with a norm."""
+INBOX_PARTS = 512 * 1024
+"""That blocks of a "large" kernel can tell each other of their tokens' rows."""
 
 OPERANDS = "(6P5i)"
 """`Operands` of csrc/epilogue.cuh."""
@@ -74,39 +71,30 @@ class Policy:
 class Norm:
     """RMSNorm and quantization of the outputs, by a "small" or "large" kernel itself.
 
-    float_weight: as of `producer_kernel`.
+    float_weight: as of `producer_kernel`. token_tiles: of which all blocks together make all outputs at
+    once, for a "large" kernel.
     """
 
     columns: int
     float_weight: bool
+    token_tiles: int = 1
 
     def added_to(self, kernel: Kernel, tile: Tile) -> Kernel:
         """The variant that goes on with this."""
-        if tile.kind == "small":
-            parameters, constants = "i", row_constants(self.columns)
-        else:
-            team = self._team_threads()
-            parameters = "2P"
-            constants = row_constants(self.columns, team, CONSUMER_THREADS // team)
-            # A wave of blocks makes all outputs of some tokens, which then are ready for the norm.
-            constants["TILE_GROUP"] = max(1, WAVE_BLOCKS * tile.rows // self.columns)
-            constants["MOST_TOKEN_TILES"] = MOST_TOKEN_TILES
+        is_small = tile.kind == "small"
+        grouping = {"TILE_GROUP": self.token_tiles, "INBOX_PARTS": INBOX_PARTS}
         return replace(
             kernel,
             source=kernel.source.replace("_sm90", "_norm_sm90"),
             entry=f"{kernel.entry}_norm",
-            parameters=kernel.parameters + "(3Pf)(3P)" + parameters,
+            parameters=kernel.parameters + "(3Pf)(3P)" + ("i" if is_small else "2P"),
             generated=kernel.generated + norm_weight_source(self.float_weight),
-            constants={**kernel.constants, **constants},
+            constants={
+                **kernel.constants,
+                **row_constants(self.columns),
+                **({} if is_small else grouping),
+            },
         )
-
-    def _team_threads(self) -> int:
-        """Of a row, in a "large" kernel: half of a producer's, for two rows at a time, if they can hold
-        one beside those that they fetch."""
-        threads = row_threads(self.columns)
-        halves = threads > CONSUMER_THREADS // 2 and threads % 64 == 0
-        fits = self.columns <= MOST_VALUES * threads // 2
-        return threads // 2 if halves and fits else threads
 
 
 @dataclass(frozen=True)
@@ -125,9 +113,11 @@ class _Design:
 
 
 @cache
-def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool, norm: Norm | None = None) -> Kernel:
-    """The variant for a tile, a weight format and an output type; with a norm, if "small"."""
-    design = _DESIGNS[tile.kind](tile, policy)
+def gemm_kernel(
+    tile: Tile, policy: Policy, bfloat16: bool, has_bias: bool, norm: Norm | None = None
+) -> Kernel:
+    """The variant for a tile, a weight format and an output type; with a norm, unless "portable"."""
+    design = _DESIGNS[tile.kind](tile, policy, norm is not None)
     offset = _weight_offset(design, policy)
     on_hopper = tile.kind != "portable"
     kernel = Kernel(
@@ -153,6 +143,7 @@ def gemm_kernel(tile: Tile, policy: Policy, bfloat16: bool, norm: Norm | None = 
             "WEIGHT_OFFSET": offset,
             "FRACTIONAL_ZEROS": policy.fractional_zeros,
             "BFLOAT16": bfloat16,
+            "HAS_BIAS": has_bias,
             "ARRIVING_LANES": 1,
             "TILE_GROUP": 8,
         },
@@ -167,18 +158,19 @@ def _weight_offset(design: _Design, policy: Policy) -> int:
     return 128 if policy.bits == 8 else design.weight_offset
 
 
-def _large(tile: Tile, policy: Policy) -> _Design:
+def _large(tile: Tile, policy: Policy, has_norm: bool) -> _Design:
     staging = 2 * 3 * 64 * SLAB_ROWS * 2
     fixed = 1024 + staging + 2 * tile.tokens * 8
     stage = _stage_bytes(tile, policy) + 16
-    stages = (SHARED_LIMIT - fixed) // stage
+    stages = (SHARED_LIMIT - fixed - has_norm * NORM_BYTES * tile.tokens) // stage
     # Unsigned weights save an instruction, signed ones power, which the largest tiles run out of.
     offset = 0 if tile.tokens == 256 else 128
-    parameters = f"128s128s{OPERANDS}i"
+    # Normed outputs are not stored.
+    parameters = f"128s{'' if has_norm else '128s'}{OPERANDS}i"
     return _Design(parameters, 384, stages, fixed + stages * stage, weight_offset=offset)
 
 
-def _small(tile: Tile, policy: Policy) -> _Design:
+def _small(tile: Tile, policy: Policy, has_norm: bool) -> _Design:
     threads = tile.rows // SLAB_ROWS * tile.interleave * 128 + 64
     blocks = 2 if REGISTERS // (2 * threads) >= 66 + tile.tokens // 2 else 1
     stage = _stage_bytes(tile, policy) + 16
@@ -188,7 +180,7 @@ def _small(tile: Tile, policy: Policy) -> _Design:
     return _Design(f"128s{OPERANDS}P", threads, stages, shared, blocks_per_multiprocessor=blocks)
 
 
-def _portable(tile: Tile, policy: Policy) -> _Design:
+def _portable(tile: Tile, policy: Policy, has_norm: bool) -> _Design:
     stage = tile.interleave * _stage_bytes(tile, policy)
     stages = min(4, PORTABLE_SHARED_LIMIT // stage)
     shared = max(stages * stage, _sum_bytes(tile))
@@ -205,7 +197,7 @@ def _sum_bytes(tile: Tile) -> int:
     return tile.interleave * tile.tokens * (tile.rows + 4) * 4
 
 
-_DESIGNS: dict[str, Callable[[Tile, Policy], _Design]] = {
+_DESIGNS: dict[str, Callable[[Tile, Policy, bool], _Design]] = {
     "large": _large,
     "small": _small,
     "portable": _portable,

@@ -93,15 +93,9 @@ def row_threads(columns: int) -> int:
     return 32 * max(2, min(8, -(-warps // 2)), min(16, -(-warps // 4)))
 
 
-def row_constants(columns: int, team: int | None = None, teams: int = 1) -> dict[str, int]:
-    """Of csrc/quantize_row.cuh. team: threads that hold a row, `row_threads` or half as many."""
-    threads = row_threads(columns)
-    return {
-        "COLUMNS": columns,
-        "THREADS": team or threads,
-        "TEAMS": teams,
-        "SUM_THREADS": threads,
-    }
+def row_constants(columns: int) -> dict[str, int]:
+    """Of csrc/quantize_row.cuh."""
+    return {"COLUMNS": columns, "THREADS": row_threads(columns)}
 
 
 def _launch(

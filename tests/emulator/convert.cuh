@@ -30,6 +30,12 @@ DEVICE uint32 pack_pair(float low, float high) {
   return to_half<BF16>(low) | uint32(to_half<BF16>(high)) << 16;
 }
 
+template <bool BF16>
+DEVICE uint32 add_pairs(uint32 a, uint32 b) {
+  const float2 x = unpack_pair<BF16>(a), y = unpack_pair<BF16>(b);
+  return pack_pair<BF16>(x.x + y.x, x.y + y.y);
+}
+
 DEVICE uint32 and_or(uint32 a, uint32 mask, uint32 bits) { return a & mask | bits; }
 
 // The sum of a product of two halves and a third is exact in double.
@@ -46,3 +52,4 @@ DEVICE uint32 multiply_add(uint32 a, uint32 b, uint32 c) {
 }
 
 DEVICE float power_of_two(float x) { return exp2f(x); }
+DEVICE float reciprocal(float x) { return 1.0f / x; }

@@ -1,6 +1,5 @@
-// The emulator's own csrc/ptx.cuh, as far as the emulated kernels use it.
+// The emulator's own csrc/ptx.cuh, as far as the emulated kernels use it, over runtime.hpp.
 #pragma once
-#include "runtime.hpp"
 
 using int8 = signed char;
 using uint8 = unsigned char;
@@ -42,9 +41,10 @@ DEVICE void store_matrices_transposed(uint32 address, const uint32 (&v)[4]) {
 }
 
 // Lands when the thread waits for it; until then its target reads as 0xFF.
-DEVICE void copy_async_16(uint32 destination, const void* source, bool) {
+DEVICE void copy_async_16(uint32 destination, const void* source, bool valid) {
+  static const uint4 zeros = {};
   shared_at<uint4>(destination) = {~0u, ~0u, ~0u, ~0u};
-  emulator::current->copies.push_back({destination, source});
+  emulator::current->copies.push_back({destination, valid ? source : &zeros});
 }
 
 DEVICE void copy_async_commit() {}
@@ -89,27 +89,23 @@ DEVICE void mbarrier_wait(uint32 barrier, uint32 phase) {
 }
 
 // What others have not stored yet, they may store before the next look.
-DEVICE uint4 load_relaxed_16(const void* address) {
+template <class T>
+T look(const void* address) {
+  if (++emulator::looks > emulator::MOST_LOOKS) emulator::fail("looks for what never comes");
   emulator::runnable.push_back(emulator::current);
   emulator::leave();
-  return *static_cast<const uint4*>(address);
+  return *static_cast<const T*>(address);
 }
 
-DEVICE int load_acquire_block(const int* counter) {
-  emulator::runnable.push_back(emulator::current);
-  emulator::leave();
-  return *counter;
-}
-
-DEVICE int load_acquire_grid(const int* counter) { return load_acquire_block(counter); }
-DEVICE void add_release_block(int* counter, int value) { *counter += value; }
-DEVICE void add_release_grid(int* counter, int value) { atomicAdd(counter, value); }
-DEVICE int add_ordered_grid(int* counter, int value) { return atomicAdd(counter, value); }
-DEVICE void __nanosleep(uint32) {}
-
+DEVICE uint4 load_relaxed_16(const void* address) { return look<uint4>(address); }
+DEVICE uint2 load_relaxed_8(const void* address) { return look<uint2>(address); }
 DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
   *static_cast<uint2*>(address) = {a, b};
 }
+
+DEVICE uint2 load_acquire_8(const void* address) { return load_relaxed_8(address); }
+DEVICE int add_ordered_grid(int* counter, int value) { return atomicAdd(counter, value); }
+DEVICE void store_release_8(void* address, uint32 a, uint32 b) { store_relaxed_8(address, a, b); }
 
 // Blocks of a grid run one after the other, and grids as well.
 DEVICE void launch_dependents() {}

@@ -102,6 +102,8 @@ struct Multiplies {  // of a warpgroup, by groups that were committed, and of th
   std::vector<std::function<void()>> open;
 };
 
+inline constexpr long MOST_LOOKS = 5'000'000;  // of a block; some seconds', where tenths of one are enough
+
 // Of the grid.
 inline std::function<void()> kernel;
 inline int longest_copy;
@@ -121,7 +123,7 @@ inline thread_local std::map<unsigned, Barrier> barriers;
 inline thread_local std::vector<Copy> copies;
 inline thread_local std::mt19937 random;
 inline thread_local std::string error;
-inline thread_local long now;
+inline thread_local long now, looks;  // steps, and of these those at what other blocks store
 inline thread_local int finished, block_threads;
 
 inline void leave() { swapcontext(&current->context, &scheduler); }
@@ -248,7 +250,7 @@ inline void create_fiber(unsigned thread) {
 
 inline void run_block(int threads) {
   warps = {}, warpgroups = {}, multiplies = {}, named_barriers = {}, block = {};
-  finished = 0, block_threads = threads;
+  finished = 0, looks = 0, block_threads = threads;
   runnable.clear(), copies.clear(), barriers.clear();
   std::memset(shared_memory, 0xFF, SHARED_LIMIT);
   for (int thread = 0; thread < threads; thread++) create_fiber(thread);

@@ -25,6 +25,18 @@ DEVICE uint32 pack_pair(float low, float high) {
   return pair;
 }
 
+// a + b of pairs of float16 or bfloat16, each rounded once. float32 sums rounded to 16 bits are the same:
+// where they are not exact, b is too small to change a.
+template <bool BF16>
+DEVICE uint32 add_pairs(uint32 a, uint32 b) {
+  uint32 pair;
+  if (BF16)  // a * 1 + b; sm_80 has no addition
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(0x3F803F80u), "r"(b));
+  else
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
 // a & mask | bits.
 DEVICE uint32 and_or(uint32 a, uint32 mask, uint32 bits) {
   uint32 result;
@@ -43,5 +55,12 @@ DEVICE uint32 multiply_add(uint32 a, uint32 b, uint32 c) {
 DEVICE float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Approximate to a unit in the last place; 0 where it would be below all normal floats.
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }

@@ -7,7 +7,7 @@ struct Operands {
   const uint8* weight;
   const float* row_scale;
   const float* row_zero;  // per-channel zero points; unused otherwise
-  const void* bias;       // of the output's type, or float; may be null
+  const void* bias;       // of the output's type, or float; unused without HAS_BIAS
   const float* token_scale;
   const int* token_sum;
   int tokens, rows, columns, k_blocks, bias_is_float;
@@ -22,9 +22,9 @@ struct Token {
   int sum;
 };
 
-// Adding a negative zero changes no float, so a missing bias needs no branch later.
 DEVICE float load_bias(const Operands& operands, int row) {
-  if (operands.bias == nullptr || row >= operands.rows) return -0.0f;
+  if (!HAS_BIAS) return 0;
+  row = min(row, operands.rows - 1);  // what would be beyond is never stored
   if (operands.bias_is_float) return static_cast<const float*>(operands.bias)[row];
   return unpack_pair<BFLOAT16>(static_cast<const uint16*>(operands.bias)[row]).x;
 }
@@ -51,5 +51,6 @@ DEVICE float without_offset(int accumulator, const Row& row, const Token& token)
 
 DEVICE float finish(int accumulator, const Row& row, const Token& token) {
   const float scaled = __fmul_rn(without_offset(accumulator, row, token), row.scale);
-  return __fadd_rn(__fmul_rn(scaled, token.scale), row.bias);
+  const float output = __fmul_rn(scaled, token.scale);
+  return HAS_BIAS ? __fadd_rn(output, row.bias) : output;
 }

@@ -88,26 +88,29 @@ DEVICE uint4 load_relaxed_16(const void* address) {
   return v;
 }
 
+DEVICE uint2 load_relaxed_8(const void* address) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y) : "l"(address) : "memory");
+  return v;
+}
+
 DEVICE void store_relaxed_8(void* address, uint32 a, uint32 b) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};"
                :: "l"(address), "r"(a), "r"(b) : "memory");
 }
 
-// ---- counters, of a block in shared memory, of a grid in global memory ---------------------------
-// Who reads a sum sees what was written, or known to be written, before it was added to.
-
-DEVICE void add_release_block(int* counter, int value) {
-  asm volatile("red.release.cta.add.s32 [%0], %1;" :: "l"(counter), "r"(value) : "memory");
-}
-
-DEVICE int load_acquire_block(const int* counter) {
-  int v;
-  asm volatile("ld.acquire.cta.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+// Who acquires what another has released sees all that it had written before.
+DEVICE uint2 load_acquire_8(const void* address) {
+  uint2 v;
+  asm volatile("ld.acquire.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y) : "l"(address) : "memory");
   return v;
 }
 
-DEVICE void add_release_grid(int* counter, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(counter), "r"(value) : "memory");
+DEVICE void store_release_8(void* address, uint32 a, uint32 b) {
+  asm volatile("st.release.gpu.global.v2.u32 [%0], {%1, %2};"
+               :: "l"(address), "r"(a), "r"(b) : "memory");
 }
 
 // Comes after all that this thread has done, and before all that it does then.
@@ -116,12 +119,6 @@ DEVICE int add_ordered_grid(int* counter, int value) {
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
                : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
-}
-
-DEVICE int load_acquire_grid(const int* counter) {
-  int v;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
-  return v;
 }
 
 // ---- asynchronous copies of sm_80 -----------------------------------------------------------

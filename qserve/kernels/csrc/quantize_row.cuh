@@ -1,5 +1,5 @@
-// A team of THREADS threads holds one token's row in registers, reduces over it and makes it int8. The
-// first threads of a block are its TEAMS.
+// THREADS threads, the first of a block, hold one token's row in registers, reduce over it and make it
+// int8.
 #pragma once
 #include "half.cuh"
 
@@ -7,11 +7,7 @@ constexpr int WIDTH = 8;  // elements of a 16-byte vector
 constexpr int VECTORS = COLUMNS / WIDTH;
 constexpr int PER_THREAD = (VECTORS + THREADS - 1) / THREADS;
 constexpr int WARPS = THREADS / 32;
-constexpr int PARTS = SUM_THREADS / THREADS;  // of a thread's share of a floating point sum
 static_assert(COLUMNS % WIDTH == 0, "rows are read in vectors of 16 bytes");
-
-DEVICE uint32 team() { return TEAMS == 1 ? 0 : threadIdx.x / THREADS; }
-DEVICE uint32 team_thread() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % THREADS; }
 
 // `body(i, vector)` for this thread's part of a row: vectors thread, thread + THREADS, ... as far as
 // there are any.
@@ -19,7 +15,7 @@ template <class Body>
 DEVICE void each_vector(Body body) {
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
-    const int vector = i * THREADS + team_thread();
+    const int vector = i * THREADS + threadIdx.x;
     if (VECTORS % THREADS == 0 || vector < VECTORS) body(i, vector);
   }
 }
@@ -48,9 +44,11 @@ struct Sum {
   __device__ __forceinline__ int over_warp(int value) const {
     return __reduce_add_sync(FULL_WARP, value);
   }
+  // Over eight neighbours first, then over their sums: csrc/tail_large.cuh adds in this order, too.
   __device__ __forceinline__ float over_warp(float value) const {
 #pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(FULL_WARP, value, lane);
+    for (int i = 0; i < 5; i++)
+      value += __shfl_xor_sync(FULL_WARP, value, i < 3 ? 4 >> i : 1 << i);
     return value;
   }
 };
@@ -63,26 +61,25 @@ struct Max {
   }
 };
 
-// Every thread gets the reduction over the team. `scratch` serves one reduction of a row only. The
-// result is that of COUNT * THREADS threads that hold a value each.
+// Every thread gets the reduction over all values, in the order [COUNT][THREADS]; `scratch` serves one
+// reduction of a row only.
 template <class T, class Combine, int COUNT>
-DEVICE T reduce(T (&values)[COUNT], Combine combine, T (&scratch)[TEAMS][COUNT * WARPS]) {
+DEVICE T reduce(T (&values)[COUNT], Combine combine, T (&scratch)[COUNT * WARPS]) {
 #pragma unroll
   for (int i = 0; i < COUNT; i++) values[i] = combine.over_warp(values[i]);
   if (COUNT * WARPS == 1) return values[0];
-  T(&own)[COUNT * WARPS] = scratch[team()];
 #pragma unroll
   for (int i = 0; i < COUNT; i++)
-    if (threadIdx.x % 32 == 0) own[i * WARPS + team_thread() / 32] = values[i];
-  named_barrier(team(), THREADS);
-  T total = own[0];
+    if (threadIdx.x % 32 == 0) scratch[i * WARPS + threadIdx.x / 32] = values[i];
+  named_barrier(0, THREADS);
+  T total = scratch[0];
 #pragma unroll
-  for (int i = 1; i < COUNT * WARPS; i++) total = combine(total, own[i]);
+  for (int i = 1; i < COUNT * WARPS; i++) total = combine(total, scratch[i]);
   return total;
 }
 
 template <class T, class Combine>
-DEVICE T reduce(T value, Combine combine, T (&scratch)[TEAMS][WARPS]) {
+DEVICE T reduce(T value, Combine combine, T (&scratch)[WARPS]) {
   T values[1] = {value};
   return reduce(values, combine, scratch);
 }
@@ -93,8 +90,8 @@ struct Quantized {
   int* row_sum;
 };
 
-__shared__ float maxima[TEAMS][WARPS];
-__shared__ int sums[TEAMS][WARPS];
+__shared__ float maxima[WARPS];
+__shared__ int sums[WARPS];
 
 // Four values times `factor` as bytes, to the nearest, ties to even: after 1.5 * 2^23 is added, a
 // float's lowest bits are the integer.
@@ -107,10 +104,23 @@ DEVICE uint32 round_to_bytes(const float* values, float factor) {
                      __byte_perm(integers[2], integers[3], 0x0040), 0x5410);
 }
 
-// The rule of formats/activation.py, bit for bit. No product is beyond the limit, so none is clamped.
-DEVICE void quantize_row(Values& values, const Quantized& out, int64 row) {
-  constexpr int ones = 0x01010101;
+// The rule of formats/activation.py, bit for bit, for a row whose largest magnitude is known. No product
+// is beyond the limit, so none is clamped.
+DEVICE float code_scale(float largest) { return __fdiv_rn(largest, ACTIVATION_MAX); }
+DEVICE float inverse_scale(float largest) {
   const float limit = ACTIVATION_MAX, largest_float = __uint_as_float(0x7F7FFFFFu);
+  return fminf(__fdiv_rn(limit, largest), largest_float);
+}
+
+// A vector's codes, stored and added to `sum`.
+DEVICE void quantize_vector(const float (&values)[WIDTH], float inverse, int8* codes, int& sum) {
+  constexpr int ones = 0x01010101;
+  const uint2 v = make_uint2(round_to_bytes(values, inverse), round_to_bytes(values + 4, inverse));
+  sum = __dp4a(static_cast<int>(v.y), ones, __dp4a(static_cast<int>(v.x), ones, sum));
+  *reinterpret_cast<uint2*>(codes) = v;
+}
+
+DEVICE void quantize_row(Values& values, const Quantized& out, int64 row) {
   float largest = 0;
   values.each([&](int, float(&v)[WIDTH]) {
 #pragma unroll
@@ -118,16 +128,14 @@ DEVICE void quantize_row(Values& values, const Quantized& out, int64 row) {
   });
   largest = reduce(largest, Max(), maxima);
 
-  const float inverse = fminf(__fdiv_rn(limit, largest), largest_float);
+  const float inverse = inverse_scale(largest);
   int sum = 0;
   values.each([&](int vector, float(&v)[WIDTH]) {
-    const uint2 codes = make_uint2(round_to_bytes(v, inverse), round_to_bytes(v + 4, inverse));
-    sum = __dp4a(static_cast<int>(codes.y), ones, __dp4a(static_cast<int>(codes.x), ones, sum));
-    reinterpret_cast<uint2*>(out.codes + row * COLUMNS)[vector] = codes;
+    quantize_vector(v, inverse, out.codes + row * COLUMNS + vector * WIDTH, sum);
   });
   sum = reduce(sum, Sum(), sums);
-  if (team_thread() == 0) {
-    out.scale[row] = __fdiv_rn(largest, limit);
+  if (threadIdx.x == 0) {
+    out.scale[row] = code_scale(largest);
     out.row_sum[row] = sum;
   }
 }

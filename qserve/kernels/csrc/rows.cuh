@@ -39,7 +39,24 @@ struct Norm {
   float eps;
 };
 
-__shared__ float squares[TEAMS][PARTS * WARPS];
+DEVICE uint4 add_vectors(const uint4& a, const uint4& b) {
+  return make_uint4(add_pairs<BFLOAT16>(a.x, b.x), add_pairs<BFLOAT16>(a.y, b.y),
+                    add_pairs<BFLOAT16>(a.z, b.z), add_pairs<BFLOAT16>(a.w, b.w));
+}
+
+DEVICE float sum_of_squares(const float (&values)[WIDTH]) {
+  float sum = 0;
+#pragma unroll
+  for (int e = 0; e < WIDTH; e++) sum = fmaf(values[e], values[e], sum);
+  return sum;
+}
+
+DEVICE float inverse_rms(float squares, float eps) { return __frsqrt_rn(squares / COLUMNS + eps); }
+
+// The weight comes first, so that the largest is known before the row's factor is.
+DEVICE float weighted(float value, float weight) { return __fmul_rn(value, weight); }
+
+__shared__ float squares[PER_THREAD * WARPS];
 
 // One row of a norm. Everything but x may be fetched before x is there; no load comes after a store,
 // past which the compiler may not move it.
@@ -57,45 +74,30 @@ struct NormRow {
     x.fetch(rows + row * COLUMNS);
   }
 
-  // sums: the squares' of this thread, in the order in which SUM_THREADS threads would add them. Without
-  // a residual zeros are added, which takes no branch: around one the compiler would keep all vectors
-  // unpacked.
-  __device__ __forceinline__ void add_residual(Values& values, float (&sums)[PARTS], int64 row) {
+  // sums: the squares' of each vector. Without a residual zeros are added, which takes no branch: around
+  // one the compiler would keep all vectors unpacked.
+  __device__ __forceinline__ void add_residual(Values& values, float (&sums)[PER_THREAD], int64 row) {
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) sums[part] = 0;
+    for (int i = 0; i < PER_THREAD; i++) sums[i] = 0;
     each_vector([&](int i, int vector) {
-      float(&v)[WIDTH] = values.at[i];
-      float added[WIDTH];
-      unpack(x.at[i], v);
-      unpack(residual.at[i], added);
-#pragma unroll
-      for (int e = 0; e < WIDTH; e++) v[e] += added[e];
-      const uint4 total = pack_vector<BFLOAT16>(v);
+      const uint4 total = add_vectors(x.at[i][0], residual.at[i][0]);
+      unpack_vector<BFLOAT16>(total, values.at[i]);
       if (norm.residual != nullptr)
         reinterpret_cast<uint4*>(norm.total + row * COLUMNS)[vector] = total;
-      unpack_vector<BFLOAT16>(total, v);
-#pragma unroll
-      for (int e = 0; e < WIDTH; e++) sums[i % PARTS] += v[e] * v[e];
+      sums[i] = sum_of_squares(values.at[i]);
     });
   }
 
   __device__ __forceinline__ void normalize(Values& values, int64 row) {
-    normalize(values, row, [] {});
-  }
-  // `release` is called when what has been fetched is no longer needed.
-  template <class Release>
-  __device__ __forceinline__ void normalize(Values& values, int64 row, Release release) {
-    float sums[PARTS];
+    float sums[PER_THREAD];
     add_residual(values, sums, row);
-    release();
-    const float sum = reduce(sums, Sum(), squares);
-    const float inverse_rms = __frsqrt_rn(sum / COLUMNS + norm.eps);
+    const float factor = inverse_rms(reduce(sums, Sum(), squares), norm.eps);
     each_vector([&](int i, int) {
       float weights[WIDTH];
       unpack(gain.at[i], weights);
 #pragma unroll
       for (int e = 0; e < WIDTH; e++)
-        values.at[i][e] = __fmul_rn(__fmul_rn(values.at[i][e], inverse_rms), weights[e]);
+        values.at[i][e] = __fmul_rn(weighted(values.at[i][e], weights[e]), factor);
     });
   }
 };
@@ -103,9 +105,7 @@ struct NormRow {
 // Good to a few units in the last place; a quotient below all normal floats is 0.
 DEVICE float silu(float x) {
   constexpr float log2_e = 1.44269504f;
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power_of_two(x * -log2_e)));
-  return x * inverse;
+  return x * reciprocal(1.0f + power_of_two(x * -log2_e));
 }
 
 // silu(gate) * up, of a row that holds the gates, then the ups. All of it is asked for before any is

@@ -18,6 +18,7 @@ constexpr int CONSUMER_THREADS = 256;
 constexpr int CONSUMER_WARPS = CONSUMER_THREADS / 32;
 constexpr int BLOCK_THREADS = CONSUMER_THREADS + 128;
 constexpr int CHUNK_TOKENS = 64;                 // tokens of one staged store
+constexpr int CHUNKS = TOKENS / CHUNK_TOKENS;
 constexpr int STAGING_BUFFERS = 3;
 
 constexpr int TOKEN_STAGE_BYTES = TOKENS * BLOCK;
@@ -62,9 +63,6 @@ class TileQueue {
   }
 
   __device__ __forceinline__ bool has_split() const { return CLUSTER == 2 && has_split_; }
-
-  // Blocks that make a part of the outputs of a token.
-  __device__ __forceinline__ int row_blocks() const { return row_tiles_ * CLUSTER; }
 
   __device__ __forceinline__ bool pop(Tile& tile) {
     if (next_ < whole_tiles_) {
@@ -254,15 +252,18 @@ DEVICE void stage_chunk(const int* first, uint32 terms, const Row (&rows)[2], ui
   }
 }
 
-struct Store {
-  uint32 buffers;     // of this warpgroup
+// A warpgroup's buffers: COUNT in turn, and what is left of them.
+template <int COUNT>
+struct Staging {
+  uint32 buffers;
   int next = 0;
 
   __device__ __forceinline__ uint32 buffer() {
     const uint32 address = buffers + next * STAGING_BYTES;
-    next = next + 1 == STAGING_BUFFERS ? 0 : next + 1;
+    next = next + 1 == COUNT ? 0 : next + 1;
     return address;
   }
+  __device__ __forceinline__ uint32 rest() const { return buffers + COUNT * STAGING_BYTES; }
 };
 
 // What this thread needs of a tile beside its sums: its rows' terms, and its share of the tokens'.
@@ -294,96 +295,106 @@ struct Terms {
   }
 };
 
-DEVICE void store_tile(const int (&accumulator)[SLABS][TOKENS / 2], const Terms& terms,
-                       uint32 tokens, const TensorMap* map, const Tile& tile, Store& store) {
-  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+// A tile's outputs, as a warpgroup stages them, 64 x 64 at a time: `take(slab, chunk, buffer, first row,
+// first token)`.
+template <class Buffers, class Take>
+DEVICE void stage_tile(const int (&accumulator)[SLABS][TOKENS / 2], const Terms& terms,
+                       uint32 tokens, const Tile& tile, Buffers& staging, Take take) {
   const int half = tile.split ? cluster_rank() * (TOKENS / 2) : 0;
-  const int chunks = TOKENS / CHUNK_TOKENS / (tile.split ? 2 : 1);
+  const int chunks = CHUNKS / (tile.split ? 2 : 1);
 #pragma unroll
   for (int slab = 0; slab < SLABS; slab++) {
-    const int first_row = (tile.slab + warpgroup * SLABS + slab) * SLAB_ROWS;
+    const int first_row = (tile.slab + threadIdx.x / 128 * SLABS + slab) * SLAB_ROWS;
 #pragma unroll
-    for (int chunk = 0; chunk < TOKENS / CHUNK_TOKENS; chunk++) {
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
       if (chunk >= chunks) break;
       const int token = half + chunk * CHUNK_TOKENS;
-      const uint32 buffer = store.buffer();
+      const uint32 buffer = staging.buffer();
       stage_chunk(&accumulator[slab][chunk * CHUNK_TOKENS / 2], tokens + token * sizeof(Token),
                   terms.rows[slab], buffer);
-      fence_for_copy_engine();
-      // At most one store still reads, so the buffer written next is free.
-      if (thread == 0) tensor_store_wait_read<1>();
-      named_barrier(2 + warpgroup, 128);
-      if (thread == 0) tensor_store(map, buffer, first_row, tile.token + token);
+      take(slab, chunk, buffer, first_row, tile.token + token);
     }
   }
 }
 
-template <class Tail>
-DEVICE void consume(const Operands& operands, const TensorMap* map, const Shared& shared,
-                    TileQueue queue, const Tail& tail) {
+// Outputs that are stored, and no more.
+struct StoredOutputs {
+  using Buffers = Staging<STAGING_BUFFERS>;
+  const TensorMap* map;
+
+  __device__ __forceinline__ void begin() const {}
+  __device__ __forceinline__ void expect(const Tile&, const Buffers&) const {}
+
+  __device__ __forceinline__ void finish(int (&accumulator)[SLABS][TOKENS / 2],
+                                         const Terms& terms, uint32 tokens, const Tile& tile,
+                                         Buffers& staging) const {
+    const bool is_first = threadIdx.x % 128 == 0;
+    stage_tile(accumulator, terms, tokens, tile, staging, [&](int, int, uint32 buffer, int first_row, int first_token) {
+                           fence_for_copy_engine();
+                           // At most one store still reads, so the buffer written next is free.
+                           if (is_first) tensor_store_wait_read<1>();
+                           named_barrier(2 + threadIdx.x / 128, 128);
+                           if (is_first) tensor_store(map, buffer, first_row, first_token);
+                         });
+  }
+  __device__ __forceinline__ void end() const {
+    if (threadIdx.x % 128 == 0) tensor_store_wait();
+  }
+  __device__ __forceinline__ void work_meanwhile() const {}
+};
+
+// Outputs: what is done with a tile's, `finish`, which may use up the sums. `expect` is called when a tile
+// is begun, `begin` before all, `end` after all, and `work_meanwhile` by two warps that would be idle.
+template <class Outputs>
+DEVICE void consume(const Operands& operands, const Shared& shared, TileQueue queue,
+                    const Outputs& outputs) {
   const int warpgroup = threadIdx.x / 128;
   const uint32 tokens = shared.terms + warpgroup * TOKENS * sizeof(Token);
-  Store store{shared.staging + warpgroup * STAGING_BUFFERS * STAGING_BYTES};
+  typename Outputs::Buffers staging{shared.staging +
+                                    warpgroup * STAGING_BUFFERS * STAGING_BYTES};
   Ring ring;
   int accumulator[SLABS][TOKENS / 2];
   Terms terms;
   wait_for_predecessor();
+  outputs.begin();
   Tile tile, next;
 #pragma unroll 1
   for (bool more = queue.pop(next); more;) {
     tile = next;
     terms.fetch(operands, tile);
+    outputs.expect(tile, staging);
     accumulate(accumulator, shared, ring, tile.blocks, [&] {
       terms.share(tokens);  // whose readers of the last tile met after they had read
       more = queue.pop(next);
-      tail.confirm_stored();
     });
     if (tile.split) exchange_halves(accumulator, shared);
-    store_tile(accumulator, terms, tokens, map, tile, store);
+    outputs.finish(accumulator, terms, tokens, tile, staging);
   }
-  if (threadIdx.x % 128 == 0) tensor_store_wait();
-  tail.confirm_stored();
+  outputs.end();
 }
 
-// What follows the outputs of a kernel: nothing.
-struct NoTail {
-  static constexpr int MULTIPLIER_REGISTERS = 232, OTHER_REGISTERS = 40;
-
-  __device__ __forceinline__ void init() const {}
-  __device__ __forceinline__ void confirm_stored() const {}
-  __device__ __forceinline__ void finish_rows() const {}
-  __device__ __forceinline__ void count_whole_tiles(const TileQueue&) const {}
-  __device__ __forceinline__ void hand_out_rows(const TileQueue&) const {}
-};
-
-// All of a kernel. Of `tail`, the first three are for the threads that multiply, the others for a
-// warp that would be idle.
-template <class Tail>
-DEVICE void multiply_tiles(const TensorMap* token_map, const TensorMap* output_map,
-                           const Operands& operands, int whole_tiles, Tail tail) {
+// All of a kernel.
+template <class Outputs>
+DEVICE void multiply_tiles(const TensorMap* token_map, const Operands& operands, int whole_tiles,
+                           const Outputs& outputs) {
   const Shared shared(round_up(shared_address(shared_memory), 1024));
-  const TileQueue queue(operands, whole_tiles);
   const int warp = warp_index(), lane = threadIdx.x % 32;
+  const auto queue = [&] { return TileQueue(operands, whole_tiles); };
 
   launch_dependents();
-  if (threadIdx.x == 0) {
-    tail.init();
-    shared.barriers.init(CONSUMER_WARPS * CLUSTER * ARRIVING_LANES);
-  }
+  if (threadIdx.x == 0) shared.barriers.init(CONSUMER_WARPS * CLUSTER * ARRIVING_LANES);
   if (CLUSTER > 1) cluster_sync(); else __syncthreads();
 
   if (warp < CONSUMER_WARPS) {
-    take_registers<Tail::MULTIPLIER_REGISTERS>();
-    consume(operands, output_map, shared, queue, tail);
-    tail.finish_rows();
+    take_registers<232>();
+    consume(operands, shared, queue(), outputs);
   } else {
-    give_registers<Tail::OTHER_REGISTERS>();
-    if (warp == CONSUMER_WARPS && lane == 0) stream_weights(operands, shared, queue);
-    if (warp == CONSUMER_WARPS + 1 && lane == 0) stream_tokens(token_map, shared, queue);
-    if (warp == CONSUMER_WARPS + 2) tail.count_whole_tiles(queue);
+    give_registers<40>();
+    if (warp == CONSUMER_WARPS && lane == 0) stream_weights(operands, shared, queue());
+    if (warp == CONSUMER_WARPS + 1 && lane == 0) stream_tokens(token_map, shared, queue());
+    if (warp >= CONSUMER_WARPS + 2) outputs.work_meanwhile();
     __syncwarp();
-    if (queue.has_split()) cluster_sync();  // the one inside exchange_halves
-    if (warp == CONSUMER_WARPS + 2) tail.hand_out_rows(queue);
+    if (queue().has_split()) cluster_sync();  // the one inside exchange_halves
   }
   // No block ends while its peer may still write into it.
   if (CLUSTER > 1) cluster_sync();
