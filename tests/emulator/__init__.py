@@ -54,9 +54,7 @@ class Emulator:
         shutil.copytree(jit.CSRC, self.sources)
         for header in (*HERE.glob("*.cuh"), *HERE.glob("*.hpp")):
             shutil.copy(header, self.sources)
-        runtime = self.sources / "runtime.hpp"  # compiled once, a third of what a kernel takes
-        _run_compiler("-x", "c++-header", runtime, "-o", f"{runtime}.gch")
-        self._compile_options = "-shared", "-include", runtime
+        self._runtime = self._compile_runtime()
 
     def launch(
         self, kernel: Kernel, device: torch.device, grid: Sequence[int], arguments: Sequence[Any]
@@ -73,6 +71,13 @@ class Emulator:
         if error is not None:
             raise EmulationError(f"{kernel}: {error.decode()}")
 
+    def _compile_runtime(self) -> tuple[str | Path, ...]:
+        """Once, since it takes longer than a kernel. Returns what compiles a kernel over it."""
+        header, code = self.sources / "runtime.hpp", self._directory / "runtime.o"
+        _run_compiler("-x", "c++-header", header, "-o", f"{header}.gch")
+        _run_compiler("-c", HERE / "runtime.cpp", f"-I{self.sources}", "-o", code)
+        return "-shared", "-include", header, code
+
     def _library(self, kernel: Kernel) -> ctypes.CDLL:
         if id(kernel) not in self._libraries:
             self._libraries[id(kernel)] = kernel, self._compile(kernel)
@@ -88,7 +93,7 @@ class Emulator:
         fresh = dataclasses.replace(kernel, generated=text)
         source.write_text(fresh.text + ENTRY.format(entry=kernel.entry))
         library = source.with_suffix(".so")
-        _run_compiler(*self._compile_options, source, "-o", library)
+        _run_compiler(*self._runtime, source, "-o", library)
         loaded = ctypes.CDLL(str(library))
         loaded.launch.restype = ctypes.c_char_p
         return loaded
