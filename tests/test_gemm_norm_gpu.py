@@ -226,9 +226,9 @@ def test_a_token_does_not_know_its_batch(rows: int) -> None:
 
 @pytest.mark.parametrize(("rows", "launches"), [(4096, 1), (1024, 2)])
 def test_one_launch_or_two(rows: int, launches: int) -> None:
-    weight, gain = prepare(rows, 1024, -1), torch.ones(rows, device="cuda").half()
+    weight, gain = prepare(rows, 4096, -1), torch.ones(rows, device="cuda").half()
     for tokens in (1, 33, 128, 300, 1024, 2048, 4096):
-        x, residual = make_activation(tokens, 1024), torch.zeros(tokens, rows).cuda().half()
+        x, residual = make_activation(tokens, 4096), torch.zeros(tokens, rows).cuda().half()
         with count_launches() as launched:
             linear_rms_norm_quantize(x, weight, None, HALF, gain, EPS, residual)
         assert len(launched) == launches
@@ -263,11 +263,11 @@ def make_layer(hidden: int, intermediate: int) -> DecoderLayer:
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 300, 1024, 2048, 4096])
+@pytest.mark.parametrize("tokens", [1, 64, 300, 768, 1024, 1536, 2048, 4096])
 def test_launches_of_a_decoder_layer(tokens: int) -> None:
     """Five, attention aside; the first norm has no GEMM before it, the last GEMM no quantized norm
     after."""
-    layers = [make_layer(4096, 1536) for _ in range(3)]
+    layers = [make_layer(4096, 14336) for _ in range(3)]
     attend = FixedAttention(tokens, 4096)
     x: Addend = torch.randn(tokens, 4096, device="cuda").half()
     residual = None

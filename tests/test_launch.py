@@ -261,6 +261,18 @@ def test_a_norm_goes_with_batches_that_a_launch_can_share_out() -> None:
     }
 
 
+def test_a_norm_does_not_go_with_a_gemm_that_would_take_more_waves() -> None:
+    """Of 5120 rows, three token tiles at once are 120 of 132 blocks."""
+    prepared = int8_weight(5120, 384)
+    alone, paired = Tile("large", 128, 256), Tile("large", 128, 256, cluster=2)
+    assert prepared.token_tiles_at_once(alone) == 3
+    tokens = (768, 1024, 1792, 4096)  # 120, 160, 280 and 640 tiles
+    assert [prepared.waves(count, alone) for count in tokens] == [1, 2, 3, 5]
+    assert [prepared.waves(count, paired) for count in tokens] == [1, 1.5, 2.5, 5]
+    x = [quantize_activation(torch.randn(count, 384)) for count in tokens]
+    assert [len(at.codes) for at in x if fuses(at, prepared)] == [768]
+
+
 def test_a_norm_goes_with_no_more_tokens_than_a_launch_has_room_for() -> None:
     prepared, longest = int8_weight(4096, 128), int8_weight(132 * 128, 128)
     assert has_room(512, prepared, Tile("small", 128, 64))

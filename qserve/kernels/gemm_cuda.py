@@ -162,6 +162,13 @@ class CudaWeight:
         """Token tiles of which all blocks together make all outputs; tile: of kind "large"."""
         return self.device.multiprocessors // tile.cluster // _row_tiles(tile, self.shape[0])
 
+    def waves(self, tokens: int, tile: Tile) -> float:
+        """Tiles that a block of a "large" GEMM has at most; half a one where the last are split."""
+        clusters = self.device.multiprocessors // tile.cluster
+        tiles = -(-tokens // tile.tokens) * _row_tiles(tile, self.shape[0])
+        whole = _whole_tiles(tiles, clusters, tile, self.shape[1])
+        return -(-whole // clusters) + (0.5 if whole < tiles else 0)
+
     def norm_workers(self, tokens: int, tile: Tile) -> int:
         """Blocks that share out a norm's rows. They wait for all others, which must find room beside
         them."""

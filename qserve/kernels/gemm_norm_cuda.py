@@ -22,14 +22,18 @@ NORM_TILES = (Tile("large", 128, 128), Tile("large", 128, 256))
 
 
 def fuses(x: QuantizedActivation, weight: PreparedWeight) -> bool:
-    """Whether one launch was measured to be no slower than two (docs/kernels.md)."""
+    """Whether one launch was measured to take about as long as two, or less (docs/kernels.md)."""
     tokens, columns = x.codes.shape[0], weight.shape[0]
     if columns not in COLUMNS or tokens == 0 or not isinstance(weight, CudaWeight):
         return False
     tile = tile_for(tokens, weight)
     if not has_room(tokens, weight, tile):
         return False
-    return tile.kind == "large" or tokens <= ROWS_PER_WORKER * weight.norm_workers(tokens, tile)
+    if tile.kind == "small":
+        return tokens <= ROWS_PER_WORKER * weight.norm_workers(tokens, tile)
+    # Whole token tiles at once may leave more blocks idle than the GEMM alone does.
+    waves = -(-tokens // (tile.tokens * weight.token_tiles_at_once(tile)))
+    return waves <= weight.waves(tokens, weight.tile_for(tokens))
 
 
 def tile_for(tokens: int, weight: CudaWeight) -> Tile:
