@@ -201,7 +201,7 @@ def test_outputs_that_are_no_numbers_are_outputs(dtype: torch.dtype, tile: Tile)
 @pytest.mark.parametrize("rows", [4096, 8192])
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_a_token_does_not_know_its_batch(rows: int) -> None:
-    """Whichever kernel makes it, and wherever it stands."""
+    """Whichever kernels make it, in one launch or two, and wherever it stands."""
     weight, gain = prepare(rows, 1024, 128), torch.rand(rows, device="cuda")
     x, residual = make_activation(2000, 1024), torch.randn(2000, rows, device="cuda").half()
     given = (*vars(x).values(), residual)
@@ -221,7 +221,7 @@ def test_a_token_does_not_know_its_batch(rows: int) -> None:
         entries.add(entry)
         for tensor, of_all in zip(found, expected, strict=True):
             assert torch.equal(tensor, of_all[first:last]), (first, last)
-    assert entries == {"w4a8_gemm_small_norm", "w4a8_gemm_large_norm"}
+    assert {"w4a8_gemm_small_norm", "w4a8_gemm_large_norm"} <= entries
 
 
 @pytest.mark.parametrize(("rows", "launches"), [(4096, 1), (1024, 2)])
