@@ -23,7 +23,7 @@ from qserve.kernels.prefill_sm90_cuda import prefill_kernel
 from qserve.kernels.producers_cuda import PRODUCERS, producer_kernel
 from qserve.kernels.round_columns_cuda import round_columns_kernel
 from qserve.kernels.sass_check import disassemble, hazards
-from qserve.kernels.tiles import tiles_for
+from qserve.kernels.tiles import Tile, tiles_for
 
 LARGEST_STACK = 50
 """Bytes of stack frame a kernel may have; more means that registers went to memory."""
@@ -35,6 +35,9 @@ POLICIES = (
     Policy(fractional_zeros=True),
     Policy(bits=8),
 )
+MULTIPROCESSORS = 132
+"""Of the GPUs whose norms of many tokens are compiled here."""
+
 PRODUCER_COLUMNS = (576, 4096, 14336, 28672)
 HEAD_COUNTS = ((32, 8), (32, 32), (9, 3))
 FLOAT16_TYPES = (torch.float16, torch.bfloat16)
@@ -86,12 +89,17 @@ def gemm_variants(arch: str) -> list[Kernel]:
 
 
 def norm_variants(arch: str) -> list[Kernel]:
-    """The GEMMs that go on with a norm."""
+    """The GEMMs that go on with a norm, as an H100 or H200 runs them."""
     tiles = [t for t in tiles_for(arch) if t.kind == "small" or t in NORM_TILES]
     choices = itertools.product(tiles, POLICIES[:3], (False, True), (2048, 4096, 8192))
     return [
-        gemm_kernel(tile, policy, True, bias, Norm(n, False)) for tile, policy, bias, n in choices
+        gemm_kernel(tile, policy, True, bias, Norm(columns, False, _token_tiles(tile, columns)))
+        for tile, policy, bias, columns in choices
     ]
+
+
+def _token_tiles(tile: Tile, columns: int) -> int:
+    return MULTIPROCESSORS * tile.rows // columns if tile in NORM_TILES else 1
 
 
 def producer_variants() -> list[Kernel]:

@@ -165,8 +165,7 @@ class CudaWeight:
     def waves(self, tokens: int, tile: Tile) -> float:
         """Tiles that a block of a "large" GEMM has at most; half a one where the last are split."""
         clusters = self.device.multiprocessors // tile.cluster
-        tiles = -(-tokens // tile.tokens) * _row_tiles(tile, self.shape[0])
-        whole = _whole_tiles(tiles, clusters, tile, self.shape[1])
+        tiles, whole = _large_tiles(tile, self.shape, tokens, clusters)
         return -(-whole // clusters) + (0.5 if whole < tiles else 0)
 
     def norm_workers(self, tokens: int, tile: Tile) -> int:
@@ -266,8 +265,7 @@ def _large_grid(
     tile: Tile, shape: tuple[int, int], tokens: int, clusters: int
 ) -> tuple[tuple[int], int]:
     """The grid, and how many tiles run whole, if there are at most so many clusters."""
-    tiles = -(-tokens // tile.tokens) * _row_tiles(tile, shape[0])
-    whole = _whole_tiles(tiles, clusters, tile, shape[1])
+    tiles, whole = _large_tiles(tile, shape, tokens, clusters)
     used = min(clusters, tiles if whole == tiles else max(whole, 2 * (tiles - whole)))
     return (used * tile.cluster,), whole
 
@@ -281,11 +279,12 @@ def _token_map(tile: Tile, codes: Tensor) -> object:
     return tensor_map(_with_room(codes, tile), (tile.tokens // tile.cluster, BLOCK))
 
 
-def _whole_tiles(tiles: int, clusters: int, tile: Tile, columns: int) -> int:
-    """Tiles that run whole; a last wave that is at most half full is split along K instead."""
+def _large_tiles(tile: Tile, shape: tuple[int, int], tokens: int, clusters: int) -> tuple[int, int]:
+    """All tiles, and those that run whole; a last wave that is at most half full is split along K."""
+    tiles = -(-tokens // tile.tokens) * _row_tiles(tile, shape[0])
     left = tiles % clusters
-    splits = tile.cluster == 2 and 2 * left <= clusters and columns > 2 * BLOCK
-    return tiles - left if splits else tiles
+    splits = tile.cluster == 2 and 2 * left <= clusters and shape[1] > 2 * BLOCK
+    return tiles, tiles - left if splits else tiles
 
 
 def _small_grid(tile: Tile, rows: int, tokens: int) -> tuple[int, int]:
